@@ -1,0 +1,125 @@
+//! A view resolved through the whole chain: which member holds what.
+
+use super::view::View;
+use crate::error::{At, Result};
+use crate::image::{Content, Tree};
+use crate::units::{GuestOffset, GuestRange};
+
+/// A run of a view that one member decides on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    /// First byte and length.
+    pub range: GuestRange,
+    /// The index in the chain of the member that decides.
+    pub member: usize,
+    /// What that member holds. [`Content::Unallocated`] means that no member has anything: zeroes.
+    pub content: Content,
+}
+
+impl Extent {
+    /// Whether the run reads as zero without being read.
+    pub fn is_zero(&self) -> bool {
+        matches!(self.content, Content::Unallocated | Content::Zero { .. })
+    }
+}
+
+impl View {
+    /// The first extent of `range`, which must not be empty nor end behind the view.
+    ///
+    /// What follows may well be an extent of the same kind.
+    ///
+    /// # Errors
+    /// Failing reads of tables, and impossible ones.
+    pub fn extent(&self, range: GuestRange) -> Result<Extent> {
+        let members = self.chain().members();
+        let mut index = self.member();
+        let mut tree = self.tree();
+        let mut len = range.len;
+        loop {
+            let member = &members[index];
+            let run = member.map(tree, GuestRange::new(range.start, len)).at(member.path())?;
+            len = run.len;
+            let found = |len, content| Extent {
+                range: GuestRange::new(range.start, len),
+                member: index,
+                content,
+            };
+            if run.content != Content::Unallocated {
+                return Ok(found(len, run.content));
+            }
+            // Behind the end of a shorter member nothing shows through, whatever lies deeper.
+            match members.get(index + 1) {
+                Some(next) if range.start.get() < next.size() => {
+                    len = len.min(next.size() - range.start.get());
+                    index += 1;
+                    tree = Tree::Active;
+                }
+                _ => return Ok(found(len, Content::Unallocated)),
+            }
+        }
+    }
+
+    /// All extents of `range` in order, neighbours of one kind not merged.
+    pub fn extents(&self, range: GuestRange) -> impl Iterator<Item = Result<Extent>> {
+        let mut at = range.start;
+        std::iter::from_fn(move || {
+            let rest = GuestRange::new(at, range.end() - at);
+            if rest.is_empty() {
+                return None;
+            }
+            let extent = self.extent(rest);
+            at = match &extent {
+                Ok(extent) => extent.range.end(),
+                Err(_) => range.end(),
+            };
+            Some(extent)
+        })
+    }
+
+    /// The first byte at or behind `from` that is not known to be zero.
+    ///
+    /// # Errors
+    /// As [`View::extent`].
+    pub fn next_data(&self, from: GuestOffset) -> Result<Option<GuestOffset>> {
+        self.next(from, |extent| !extent.is_zero())
+    }
+
+    /// The first byte at or behind `from` that is known to be zero without being read; the view's end counts as one.
+    ///
+    /// # Errors
+    /// As [`View::extent`].
+    pub fn next_hole(&self, from: GuestOffset) -> Result<GuestOffset> {
+        let hole = self.next(from, Extent::is_zero)?;
+        Ok(hole.unwrap_or(GuestOffset::new(self.size())))
+    }
+
+    fn next(
+        &self,
+        from: GuestOffset,
+        wanted: impl Fn(&Extent) -> bool,
+    ) -> Result<Option<GuestOffset>> {
+        let len = self.size().saturating_sub(from.get());
+        for extent in self.extents(GuestRange::new(from, len)) {
+            let extent = extent?;
+            if wanted(&extent) {
+                return Ok(Some(extent.range.start));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Bytes of `range` that are allocated somewhere in the chain and not known to be zero.
+    ///
+    /// # Errors
+    /// As [`View::extent`].
+    pub fn allocated(&self, range: GuestRange) -> Result<u64> {
+        let mut sum = 0;
+        for extent in self.extents(range) {
+            let extent = extent?;
+            if !extent.is_zero() {
+                sum += extent.range.len;
+            }
+        }
+        Ok(sum)
+    }
+}

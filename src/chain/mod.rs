@@ -1,0 +1,112 @@
+//! Members in order, from the active layer (index 0) down to the base, and the views that they make.
+
+mod address;
+mod backing_name;
+mod extents;
+mod member;
+mod open;
+mod policy;
+mod view;
+
+pub use address::{Address, MemberChoice, SnapshotChoice};
+pub use backing_name::resolve as resolve_backing_name;
+pub use extents::Extent;
+pub use member::{Disk, Format, Member, RawDisk};
+pub use open::{Depth, OpenOptions, Sharing};
+pub use policy::{BackingPolicy, OpenPolicy};
+pub use view::View;
+
+use std::sync::Arc;
+
+use crate::error::{Error, Problem, Result};
+use crate::image::{Image, SnapshotTree};
+
+/// An open chain. It has at least one member.
+pub struct Chain {
+    members: Vec<Member>,
+}
+
+impl Chain {
+    /// All members; index 0 is the active layer.
+    pub fn members(&self) -> &[Member] {
+        &self.members
+    }
+
+    /// The chain from member `index` down, as if that were the top; those above it are closed.
+    ///
+    /// # Errors
+    /// [`Problem::NoSuchMember`].
+    pub fn from_member(mut self, index: usize) -> Result<Self> {
+        self.check_member(index)?;
+        self.members.drain(..index);
+        Ok(self)
+    }
+
+    /// Whether the active layer takes writes.
+    pub fn is_writable(&self) -> bool {
+        self.active_image().is_some_and(Image::is_writable)
+    }
+
+    /// The active layer, where it is a qcow2 image.
+    pub fn active_image(&self) -> Option<&Image> {
+        self.members.first().and_then(Member::image)
+    }
+
+    /// The view of member `index` together with all below it.
+    ///
+    /// # Errors
+    /// [`Problem::NoSuchMember`].
+    pub fn view(self: &Arc<Self>, index: usize) -> Result<View> {
+        self.check_member(index)?;
+        Ok(View::new(self.clone(), index, None))
+    }
+
+    /// The view of an internal snapshot of member `index`.
+    ///
+    /// # Errors
+    /// [`Problem::NoSuchMember`].
+    pub fn snapshot_view(
+        self: &Arc<Self>,
+        index: usize,
+        snapshot: Arc<SnapshotTree>,
+    ) -> Result<View> {
+        self.check_member(index)?;
+        Ok(View::new(self.clone(), index, Some(snapshot)))
+    }
+
+    fn check_member(&self, index: usize) -> Result<()> {
+        if index < self.members.len() {
+            return Ok(());
+        }
+        let error = Error::new(Problem::NoSuchMember {
+            wanted: index.to_string(),
+            count: self.members.len(),
+        });
+        Err(match self.members.first() {
+            Some(top) => error.at(top.path()),
+            None => error,
+        })
+    }
+
+    /// Returns when all that was written before is on stable storage.
+    ///
+    /// # Errors
+    /// As [`Image::flush`].
+    pub fn flush(&self) -> Result<()> {
+        match self.active_image() {
+            Some(image) if image.is_writable() => image.flush(),
+            _ => Ok(()),
+        }
+    }
+
+    /// Leaves the active layer as a clean close does: all durable, no cluster leaked.
+    ///
+    /// # Errors
+    /// As [`Image::flush`].
+    pub fn close(&self) -> Result<()> {
+        match self.active_image() {
+            Some(image) if image.is_writable() => image.flush_all(),
+            _ => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,95 @@
+//! Which files an image may make us open. Every open that no user asked for passes [`OpenPolicy::admit`].
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Problem, Result};
+
+/// What the user allows.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum BackingPolicy {
+    /// Files in the directory of the top image, or below it.
+    #[default]
+    SameDirectory,
+    /// Any file.
+    Any,
+    /// None.
+    Deny,
+    /// As `SameDirectory`, and files in or below these directories.
+    Allow(Vec<PathBuf>),
+}
+
+/// Decides on the opens that the images of one chain imply.
+pub struct OpenPolicy {
+    policy: BackingPolicy,
+    /// Directories with symbolic links resolved.
+    directories: Vec<PathBuf>,
+}
+
+impl OpenPolicy {
+    /// The policy for the chain of `top`, a file that the user named.
+    pub fn new(policy: BackingPolicy, top: &Path) -> Self {
+        let mut directories = Vec::new();
+        if let Some(home) =
+            fs::canonicalize(top).ok().and_then(|top| Some(top.parent()?.to_owned()))
+        {
+            directories.push(home);
+        }
+        if let BackingPolicy::Allow(more) = &policy {
+            directories
+                .extend(more.iter().filter_map(|directory| fs::canonicalize(directory).ok()));
+        }
+        Self { policy, directories }
+    }
+
+    /// The file behind `path`, all symbolic links resolved, if it may be opened. It exists.
+    ///
+    /// # Errors
+    /// [`Problem::Refused`], with the option that would allow it.
+    pub fn admit(&self, path: &Path) -> Result<PathBuf> {
+        // What is not there is the caller's to report: it knows who names it.
+        let target = fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
+        let refusal = match self.policy {
+            BackingPolicy::Any => return Ok(target),
+            BackingPolicy::Deny => "the policy is to open no file that an image names",
+            _ if self.directories.iter().any(|allowed| target.starts_with(allowed)) => {
+                return Ok(target);
+            }
+            _ => "it is not in the directory of the top image nor below it",
+        };
+        let directory = target.parent().unwrap_or(&target).display().to_string();
+        Err(Error::new(Problem::Refused {
+            reason: refusal.to_owned(),
+            option: Some(format!("backing_policy=allow:{directory}")),
+            target,
+        }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_symbolic_link_does_not_lead_out_of_the_directory() {
+        let temp = tempfile::tempdir().unwrap();
+        let (home, elsewhere) = (temp.path().join("home"), temp.path().join("elsewhere"));
+        fs::create_dir_all(home.join("sub")).unwrap();
+        fs::create_dir(&elsewhere).unwrap();
+        let top = home.join("top.qcow2");
+        for file in [&top, &home.join("sub/base"), &elsewhere.join("secret")] {
+            fs::write(file, "").unwrap();
+        }
+        std::os::unix::fs::symlink(elsewhere.join("secret"), home.join("link")).unwrap();
+
+        let policy = OpenPolicy::new(BackingPolicy::SameDirectory, &top);
+        assert!(policy.admit(&home.join("sub/base")).is_ok());
+        assert!(policy.admit(&home.join("sub/../sub/base")).is_ok());
+        assert!(policy.admit(&home.join("link")).is_err());
+        assert!(policy.admit(&home.join("../elsewhere/secret")).is_err());
+
+        let policy = OpenPolicy::new(BackingPolicy::Allow(vec![elsewhere]), &top);
+        assert!(policy.admit(&home.join("link")).is_ok());
+        assert!(OpenPolicy::new(BackingPolicy::Deny, &top).admit(&home.join("sub/base")).is_err());
+    }
+}

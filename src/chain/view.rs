@@ -1,0 +1,189 @@
+//! One readable point in time, flat: the active layer, a member with all below it, or a snapshot.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use super::Chain;
+use crate::error::{At, Doing, Error, Problem, Result};
+use crate::image::{Below, Image, RangeGuard, SnapshotTree, Tree, ZeroMode};
+use crate::units::{GuestOffset, GuestRange};
+
+/// A view of an open chain.
+#[derive(Clone)]
+pub struct View {
+    chain: Arc<Chain>,
+    member: usize,
+    snapshot: Option<Arc<SnapshotTree>>,
+}
+
+impl View {
+    pub(super) fn new(
+        chain: Arc<Chain>,
+        member: usize,
+        snapshot: Option<Arc<SnapshotTree>>,
+    ) -> Self {
+        Self { chain, member, snapshot }
+    }
+
+    /// The chain that the view belongs to.
+    pub fn chain(&self) -> &Arc<Chain> {
+        &self.chain
+    }
+
+    /// Index of its member.
+    pub fn member(&self) -> usize {
+        self.member
+    }
+
+    /// Its snapshot, if it is one.
+    pub fn snapshot(&self) -> Option<&SnapshotTree> {
+        self.snapshot.as_deref()
+    }
+
+    /// Its snapshot, to make a view of it in another part of the chain.
+    pub fn snapshot_tree(&self) -> Option<Arc<SnapshotTree>> {
+        self.snapshot.clone()
+    }
+
+    /// Size in bytes: the view's own, which need not be that of its chain today.
+    pub fn size(&self) -> u64 {
+        match &self.snapshot {
+            Some(snapshot) => snapshot.size(),
+            None => self.chain.members()[self.member].size(),
+        }
+    }
+
+    /// All of it.
+    pub fn range(&self) -> GuestRange {
+        GuestRange::new(GuestOffset::ZERO, self.size())
+    }
+
+    /// When it was made: the snapshot's time, or the last change of the member's file.
+    ///
+    /// # Errors
+    /// The file can't be looked at.
+    pub fn time(&self) -> Result<SystemTime> {
+        let member = &self.chain.members()[self.member];
+        match &self.snapshot {
+            None => member.store().modified().doing("look at it").at(member.path()),
+            Some(snapshot) => {
+                let entry = snapshot.entry();
+                let nanoseconds = entry.date_nanoseconds.min(999_999_999);
+                Ok(UNIX_EPOCH + Duration::new(entry.date_seconds.into(), nanoseconds))
+            }
+        }
+    }
+
+    /// Whether this is the active layer, open for writing.
+    pub fn is_writable(&self) -> bool {
+        self.writable_image().is_ok()
+    }
+
+    /// Grows whenever the mapping of the view changes; never for an immutable one.
+    pub fn generation(&self) -> u64 {
+        self.writable_image().map_or(0, Image::generation)
+    }
+
+    /// Fills `buf` with the bytes from `offset` on; behind the end of the view they are zero.
+    ///
+    /// # Errors
+    /// Failing reads, and corruption.
+    pub fn read(&self, offset: GuestOffset, buf: &mut [u8]) -> Result<()> {
+        let inside = self.size().saturating_sub(offset.get()).min(buf.len() as u64) as usize;
+        let (mut buf, behind) = buf.split_at_mut(inside);
+        behind.fill(0);
+        let range = GuestRange::new(offset, buf.len() as u64);
+        let _mapping = self.keep_mapping(range);
+        for extent in self.extents(range) {
+            let extent = extent?;
+            let (now, rest) = buf.split_at_mut(extent.range.len as usize);
+            let member = &self.chain.members()[extent.member];
+            member.read_content(extent.content, 0, now).at(member.path())?;
+            buf = rest;
+        }
+        Ok(())
+    }
+
+    /// Writes `data` at `offset`.
+    ///
+    /// # Errors
+    /// [`Problem::ReadOnly`] for any view but the active layer of a chain open for writing; see [`Image::write`].
+    pub fn write(&self, offset: GuestOffset, data: &[u8]) -> Result<()> {
+        self.change(|image, below| image.write(below, offset, data))
+    }
+
+    /// Makes `range` read as zero.
+    ///
+    /// # Errors
+    /// As [`View::write`].
+    pub fn zero(&self, range: GuestRange, mode: ZeroMode) -> Result<()> {
+        self.change(|image, below| image.zero(below, range, mode))
+    }
+
+    /// Makes the view `size` bytes long; new bytes read as zero.
+    ///
+    /// # Errors
+    /// As [`View::write`]; see [`Image::grow`].
+    pub fn grow(&self, size: u64) -> Result<()> {
+        self.change(|image, below| image.grow(below, size))
+    }
+
+    fn change(&self, f: impl FnOnce(&Image, &dyn Below) -> Result<()>) -> Result<()> {
+        let path = self.chain.members()[self.member].path();
+        let image = self.writable_image().at(path)?;
+        f(image, &Backing { chain: &self.chain }).at(path)
+    }
+
+    fn writable_image(&self) -> Result<&Image> {
+        match (self.member, &self.snapshot, self.chain.active_image()) {
+            (0, None, Some(image)) if image.is_writable() => Ok(image),
+            _ => Err(Error::new(Problem::ReadOnly)),
+        }
+    }
+
+    /// The active layer's mapping must not change under a reader; everything else can't.
+    fn keep_mapping(&self, range: GuestRange) -> Option<RangeGuard<'_>> {
+        self.writable_image().ok().map(|image| image.keep_mapping(range))
+    }
+
+    pub(super) fn tree(&self) -> Tree<'_> {
+        match &self.snapshot {
+            Some(snapshot) => Tree::Snapshot(snapshot),
+            None => Tree::Active,
+        }
+    }
+}
+
+/// What lies under the active layer of a chain.
+struct Backing<'a> {
+    chain: &'a Arc<Chain>,
+}
+
+impl Backing<'_> {
+    fn view(&self) -> Option<View> {
+        self.chain.view(1).ok()
+    }
+}
+
+impl Below for Backing<'_> {
+    fn read(&self, offset: GuestOffset, buf: &mut [u8]) -> Result<()> {
+        match self.view() {
+            Some(view) => view.read(offset, buf),
+            None => {
+                buf.fill(0);
+                Ok(())
+            }
+        }
+    }
+
+    fn is_zero(&self, range: GuestRange) -> Result<bool> {
+        let Some(view) = self.view() else { return Ok(true) };
+        let len = range.end().get().min(view.size()).saturating_sub(range.start.get());
+        for extent in view.extents(GuestRange::new(range.start, len)) {
+            if !extent?.is_zero() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+}

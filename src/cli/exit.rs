@@ -1,0 +1,30 @@
+//! Exit codes: scripts branch on them, so they never change their meaning.
+
+use crate::error::{Error, Kind};
+
+/// All went well.
+pub const DONE: u8 = 0;
+/// It failed, for a reason without a code of its own.
+pub const FAILED: u8 = 1;
+/// The arguments make no sense.
+pub const USAGE: u8 = 2;
+/// An image, member or snapshot is not there.
+pub const NOT_FOUND: u8 = 10;
+/// Another process holds the image.
+pub const LOCKED: u8 = 11;
+/// The policy on implied opens refused a file.
+pub const POLICY: u8 = 13;
+/// The image needs a feature that is not supported.
+pub const UNSUPPORTED: u8 = 14;
+
+/// The exit code for `error`.
+pub fn code(error: &Error) -> u8 {
+    match error.kind() {
+        Kind::Failed => FAILED,
+        Kind::Usage => USAGE,
+        Kind::NotFound => NOT_FOUND,
+        Kind::Locked => LOCKED,
+        Kind::Policy => POLICY,
+        Kind::Unsupported => UNSUPPORTED,
+    }
+}

@@ -1,0 +1,301 @@
+//! `qchainfs info`.
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use serde_json::{Map, Value, json};
+
+use super::mount_options::{Options, Unknown};
+use super::report::printable;
+use super::size::human;
+use super::{Output, exit, logging, print};
+use crate::chain::resolve_backing_name;
+use crate::chain::{Address, Chain, Depth, Member, MemberChoice, OpenOptions, Sharing};
+use crate::error::{At, Doing, Result};
+use crate::image::{Image, SnapshotTree};
+use crate::qcow2::{CompatibleFeatures, IncompatibleFeatures, Snapshot, Version};
+use crate::store::Store;
+
+/// Say what an image is
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// How to print it
+    #[arg(long, value_enum, default_value = "human")]
+    output: Output,
+    /// All members of the chain, from the top down
+    #[arg(long)]
+    backing_chain: bool,
+    /// Look even if another process is writing
+    #[arg(short = 'U', long)]
+    force_share: bool,
+    /// Options as for mount, of which backing_policy counts
+    #[arg(short, value_name = "OPTIONS")]
+    options: Vec<String>,
+    /// IMAGE, IMAGE@SNAPSHOT, IMAGE@#ID, IMAGE[N], IMAGE[N]@SNAPSHOT or IMAGE[FILE]
+    #[arg(value_name = "ADDRESS")]
+    address: OsString,
+}
+
+/// Runs the verb.
+pub fn run(arguments: &Arguments) -> Result<ExitCode> {
+    logging::to_stderr();
+    let address = Address::parse(&arguments.address);
+    let is_top = address.member == MemberChoice::Index(0);
+    let depth = if is_top && !arguments.backing_chain { Depth::TopOnly } else { Depth::WholeChain };
+    let words = arguments.options.iter().map(String::as_str);
+    let options = OpenOptions {
+        policy: Options::parse(words, Unknown::Refuse)?.policy,
+        sharing: if arguments.force_share { Sharing::Forced } else { Sharing::Locked },
+        depth,
+        ..OpenOptions::default()
+    };
+    let chain = Arc::new(Chain::open(&address.image, &options)?);
+    let view = address.find(&chain)?;
+    let first = view.member();
+    let last = if arguments.backing_chain { chain.members().len() } else { first + 1 };
+    let members = &chain.members()[first..last];
+    match arguments.output {
+        Output::Json => {
+            let mut objects = members.iter().map(describe).collect::<Result<Vec<_>>>()?;
+            if let Some(snapshot) = view.snapshot() {
+                objects[0]["virtual-size"] = snapshot.size().into();
+                objects[0]["qchainfs"] = json!({ "snapshot": snapshot_object(snapshot) });
+            }
+            let whole = match arguments.backing_chain {
+                true => Value::Array(objects),
+                false => objects.remove(0),
+            };
+            print(&format!("{whole:#}\n"));
+        }
+        Output::Human => {
+            let mut texts = members.iter().map(describe_in_words).collect::<Result<Vec<_>>>()?;
+            if let Some(snapshot) = view.snapshot() {
+                let size = snapshot.size();
+                let name = printable(&snapshot.entry().name);
+                let shown = human(size);
+                texts[0] +=
+                    &format!("Snapshot {name}:\n    virtual size: {shown} ({size} bytes)\n");
+            }
+            print(&texts.join("\n"));
+        }
+    }
+    Ok(ExitCode::from(exit::DONE))
+}
+
+/// The object that `qemu-img info` prints for a member.
+fn describe(member: &Member) -> Result<Value> {
+    let (file_len, allocated) = file_sizes(member)?;
+    let filename = member.path().display().to_string();
+    let mut object = Map::new();
+    let mut put = |key: &str, value: Value| {
+        object.insert(key.to_owned(), value);
+    };
+    let file = json!({
+        "children": [],
+        "virtual-size": file_len,
+        "filename": filename,
+        "format": "file",
+        "actual-size": allocated,
+        "format-specific": { "type": "file", "data": {} },
+        "dirty-flag": false,
+    });
+    put("children", json!([{ "name": "file", "info": file }]));
+    put("virtual-size", member.size().into());
+    put("filename", filename.into());
+    put("format", member.format().to_string().into());
+    put("actual-size", allocated.into());
+    put("dirty-flag", false.into());
+    if let Some(image) = member.image() {
+        let header = image.header();
+        put("cluster-size", header.geometry.cluster_size().into());
+        put("dirty-flag", header.incompatible.contains(IncompatibleFeatures::DIRTY).into());
+        put("format-specific", json!({ "type": "qcow2", "data": format_specific(image) }));
+        let snapshots = image.snapshots();
+        if !snapshots.is_empty() {
+            let snapshots = snapshots.iter().map(|tree| snapshot_entry(tree.entry()));
+            put("snapshots", snapshots.collect::<Vec<_>>().into());
+        }
+        if let Some(backing) = Backing::of(member, image) {
+            put("backing-filename", backing.name.into());
+            if let Some(path) = backing.path {
+                put("full-backing-filename", path.into());
+            }
+            if let Some(format) = backing.format {
+                put("backing-filename-format", format.into());
+            }
+        }
+    }
+    Ok(Value::Object(object))
+}
+
+/// The backing file as `info` shows it: no look at the file itself.
+struct Backing {
+    name: String,
+    path: Option<String>,
+    format: Option<String>,
+}
+
+impl Backing {
+    fn of(member: &Member, image: &Image) -> Option<Self> {
+        let header = image.header();
+        let name = header.backing_name.as_ref()?;
+        let path = resolve_backing_name(member.path(), name).ok();
+        Some(Self {
+            name: String::from_utf8_lossy(name).into_owned(),
+            path: path.map(|path| path.display().to_string()),
+            format: header.backing_format().map(str::to_owned),
+        })
+    }
+}
+
+fn file_sizes(member: &Member) -> Result<(u64, u64)> {
+    let store = member.store();
+    // Counted in sectors, as qemu-img does.
+    let len = store.len().doing("find out its length").at(member.path())?.next_multiple_of(512);
+    let allocated = store.allocated().doing("find out its size").at(member.path())?;
+    Ok((len, allocated))
+}
+
+fn format_specific(image: &Image) -> Value {
+    let header = image.header();
+    let mut data = json!({
+        "compat": compat(header.version),
+        "compression-type": "zlib",
+        "refcount-bits": 1_u32 << header.geometry.refcount_order(),
+    });
+    if header.version == Version::V3 {
+        data["lazy-refcounts"] =
+            header.compatible.contains(CompatibleFeatures::LAZY_REFCOUNTS).into();
+        data["corrupt"] = header.incompatible.contains(IncompatibleFeatures::CORRUPT).into();
+        data["extended-l2"] = false.into();
+    }
+    data
+}
+
+fn compat(version: Version) -> &'static str {
+    match version {
+        Version::V2 => "0.10",
+        Version::V3 => "1.1",
+    }
+}
+
+fn snapshot_entry(entry: &Snapshot) -> Value {
+    let mut object = json!({
+        "id": entry.id,
+        "name": entry.name,
+        "vm-state-size": entry.vm_state_size,
+        "date-sec": entry.date_seconds,
+        "date-nsec": entry.date_nanoseconds,
+        "vm-clock-sec": entry.vm_clock_nanoseconds / 1_000_000_000,
+        "vm-clock-nsec": entry.vm_clock_nanoseconds % 1_000_000_000,
+    });
+    if let Some(icount) = entry.icount {
+        object["icount"] = icount.into();
+    }
+    object
+}
+
+fn snapshot_object(snapshot: &SnapshotTree) -> Value {
+    let mut object = snapshot_entry(snapshot.entry());
+    object["virtual-size"] = snapshot.size().into();
+    object
+}
+
+/// What `qemu-img info` prints for a member.
+fn describe_in_words(member: &Member) -> Result<String> {
+    let (file_len, allocated) = file_sizes(member)?;
+    let filename = printable(&member.path().display().to_string());
+    let size = member.size();
+    let mut text = format!(
+        "image: {filename}\nfile format: {}\nvirtual size: {} ({size} bytes)\ndisk size: {}\n",
+        member.format(),
+        human(size),
+        human(allocated)
+    );
+    if let Some(image) = member.image() {
+        text += &describe_image(member, image);
+    }
+    text += &format!(
+        "Child node '/file':\n    filename: {filename}\n    protocol type: file\n    \
+         file length: {} ({file_len} bytes)\n    disk size: {}\n",
+        human(file_len),
+        human(allocated)
+    );
+    Ok(text)
+}
+
+fn describe_image(member: &Member, image: &Image) -> String {
+    let header = image.header();
+    let mut text = String::new();
+    if header.incompatible.contains(IncompatibleFeatures::DIRTY) {
+        text += "cleanly shut down: no\n";
+    }
+    text += &format!("cluster_size: {}\n", header.geometry.cluster_size());
+    if let Some(backing) = Backing::of(member, image) {
+        let name = printable(&backing.name);
+        text += &format!("backing file: {name}");
+        match backing.path {
+            Some(path) if path != backing.name => {
+                text += &format!(" (actual path: {})\n", printable(&path));
+            }
+            _ => text.push('\n'),
+        }
+        if let Some(format) = backing.format {
+            text += &format!("backing file format: {}\n", printable(&format));
+        }
+    }
+    let snapshots = image.snapshots();
+    if !snapshots.is_empty() {
+        text += "Snapshot list:\n";
+        text += &columns("ID", "TAG", "VM_SIZE", "DATE", "VM_CLOCK", "ICOUNT");
+        for tree in snapshots {
+            text += &snapshot_line(tree.entry());
+        }
+    }
+    text += &format!(
+        "Format specific information:\n    compat: {}\n    compression type: zlib\n",
+        compat(header.version)
+    );
+    let bits = 1_u32 << header.geometry.refcount_order();
+    if header.version == Version::V3 {
+        let lazy = header.compatible.contains(CompatibleFeatures::LAZY_REFCOUNTS);
+        let corrupt = header.incompatible.contains(IncompatibleFeatures::CORRUPT);
+        text += &format!(
+            "    lazy refcounts: {lazy}\n    refcount bits: {bits}\n    corrupt: {corrupt}\n    \
+             extended l2: false\n"
+        );
+    } else {
+        text += &format!("    refcount bits: {bits}\n");
+    }
+    text
+}
+
+fn snapshot_line(entry: &Snapshot) -> String {
+    let date = jiff::Timestamp::from_second(entry.date_seconds.into())
+        .map(|time| time.to_zoned(jiff::tz::TimeZone::system()))
+        .map(|time| time.strftime("%Y-%m-%d %H:%M:%S").to_string())
+        .unwrap_or_default();
+    let milliseconds = entry.vm_clock_nanoseconds / 1_000_000;
+    let seconds = milliseconds / 1000;
+    let clock = format!(
+        "{:04}:{:02}:{:02}.{:03}",
+        seconds / 3600,
+        seconds / 60 % 60,
+        seconds % 60,
+        milliseconds % 1000
+    );
+    let icount = entry.icount.map_or("--".to_owned(), |icount| icount.to_string());
+    columns(
+        &printable(&entry.id),
+        &printable(&entry.name),
+        &human(entry.vm_state_size),
+        &date,
+        &clock,
+        &icount,
+    )
+}
+
+fn columns(id: &str, tag: &str, size: &str, date: &str, clock: &str, icount: &str) -> String {
+    format!("{id:<7} {tag:<16} {size:>8} {date:>19} {clock:>15} {icount:>10}\n")
+}

@@ -1,0 +1,194 @@
+//! `qchainfs map`.
+
+use std::collections::HashMap;
+use std::ffi::OsString;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use super::mount_options::{Options, Unknown};
+use super::report::printable;
+use super::{Output, exit, logging, print};
+use crate::chain::{Address, Chain, Extent, OpenOptions, Sharing, View};
+use crate::error::{At, Doing, Result};
+use crate::image::Content;
+use crate::store::Store;
+use crate::units::HostOffset;
+
+/// Say where the bytes of a view are
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// How to print it
+    #[arg(long, value_enum, default_value = "human")]
+    output: Output,
+    /// Look even if another process is writing
+    #[arg(short = 'U', long)]
+    force_share: bool,
+    /// Options as for mount, of which backing_policy counts
+    #[arg(short, value_name = "OPTIONS")]
+    options: Vec<String>,
+    /// IMAGE, IMAGE@SNAPSHOT, IMAGE@#ID, IMAGE[N], IMAGE[N]@SNAPSHOT or IMAGE[FILE]
+    #[arg(value_name = "ADDRESS")]
+    address: OsString,
+}
+
+/// Runs the verb.
+pub fn run(arguments: &Arguments) -> Result<ExitCode> {
+    logging::to_stderr();
+    let address = Address::parse(&arguments.address);
+    let words = arguments.options.iter().map(String::as_str);
+    let options = OpenOptions {
+        policy: Options::parse(words, Unknown::Refuse)?.policy,
+        sharing: if arguments.force_share { Sharing::Forced } else { Sharing::Locked },
+        ..OpenOptions::default()
+    };
+    let chain = Arc::new(Chain::open(&address.image, &options)?);
+    let view = address.find(&chain)?;
+    match arguments.output {
+        Output::Human => print_human(&view)?,
+        Output::Json => print_json(&view)?,
+    }
+    Ok(ExitCode::from(exit::DONE))
+}
+
+/// A line of the map, as qemu-img sees it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Line {
+    start: u64,
+    len: u64,
+    /// Members above the one that decides.
+    depth: usize,
+    present: bool,
+    zero: bool,
+    data: bool,
+    compressed: bool,
+    offset: Option<u64>,
+}
+
+impl Line {
+    fn new(extent: &Extent, top: usize) -> Self {
+        let place = match extent.content {
+            Content::Data(place) | Content::Zero { kept: Some(place) } => Some(place),
+            _ => None,
+        };
+        let compressed = matches!(extent.content, Content::Compressed { .. });
+        Self {
+            start: extent.range.start.get(),
+            len: extent.range.len,
+            depth: extent.member - top,
+            present: extent.content != Content::Unallocated,
+            zero: extent.is_zero(),
+            data: !extent.is_zero(),
+            compressed,
+            offset: place.map(|place| place.host.get()),
+        }
+    }
+
+    /// Whether `next` only goes on with what this line says.
+    fn continues_with(&self, next: &Self) -> bool {
+        let offset = self.offset.map(|offset| offset + self.len);
+        let expected = Self { start: self.start + self.len, len: next.len, offset, ..*self };
+        expected == *next
+    }
+
+    fn json(&self) -> String {
+        let offset = self.offset.map(|offset| format!(", \"offset\": {offset}"));
+        format!(
+            "{{ \"start\": {}, \"length\": {}, \"depth\": {}, \"present\": {}, \"zero\": {}, \
+             \"data\": {}, \"compressed\": {}{}}}",
+            self.start,
+            self.len,
+            self.depth,
+            self.present,
+            self.zero,
+            self.data,
+            self.compressed,
+            offset.unwrap_or_default()
+        )
+    }
+}
+
+/// Calls `f` with each line, neighbours that say the same made one.
+fn for_each_line(view: &View, mut f: impl FnMut(&Line)) -> Result<()> {
+    let mut last: Option<Line> = None;
+    let mut preallocated = HashMap::new();
+    for extent in view.extents(view.range()) {
+        let extent = extent?;
+        let mut rest = Line::new(&extent, view.member());
+        while rest.len > 0 {
+            let line = first_part(view, &mut preallocated, &rest)?;
+            rest.start += line.len;
+            rest.len -= line.len;
+            rest.offset = rest.offset.map(|offset| offset + line.len);
+            match &mut last {
+                Some(last) if last.continues_with(&line) => last.len += line.len,
+                _ => {
+                    if let Some(finished) = last.replace(line) {
+                        f(&finished);
+                    }
+                }
+            }
+        }
+    }
+    if let Some(finished) = last {
+        f(&finished);
+    }
+    Ok(())
+}
+
+/// The part of `line` up to where the host's file goes over between data and hole, where that matters: in clusters
+/// that were allocated ahead of their data. `preallocated` remembers which members have such clusters.
+fn first_part(view: &View, preallocated: &mut HashMap<usize, bool>, line: &Line) -> Result<Line> {
+    let index = view.member() + line.depth;
+    let member = &view.chain().members()[index];
+    let (Some(offset), true, Some(image)) = (line.offset, line.data, member.image()) else {
+        return Ok(*line);
+    };
+    let sparse = match preallocated.get(&index) {
+        Some(&known) => known,
+        None => {
+            let found = image.looks_preallocated().at(member.path())?;
+            preallocated.insert(index, found);
+            found
+        }
+    };
+    if !sparse {
+        return Ok(*line);
+    }
+    let data = member.store().next_data(HostOffset::new(offset)).doing("look for holes")?;
+    let (zero, end) = match data {
+        Some(data) if data.start <= offset => (false, data.end),
+        Some(data) => (true, data.start),
+        None => (true, u64::MAX),
+    };
+    Ok(Line { zero, len: line.len.min(end - offset), ..*line })
+}
+
+/// As C prints it: no prefix before a lone zero.
+fn hexadecimal(number: u64) -> String {
+    if number == 0 { "0".to_owned() } else { format!("{number:#x}") }
+}
+
+fn print_json(view: &View) -> Result<()> {
+    let mut before = "[";
+    for_each_line(view, |line| {
+        print(&format!("{before}{}", line.json()));
+        before = ",\n";
+    })?;
+    print(if before == "[" { "[]\n" } else { "]\n" });
+    Ok(())
+}
+
+/// Only what is data, with its place; compressed clusters have none that a reader could use.
+fn print_human(view: &View) -> Result<()> {
+    print(&format!("{:<16}{:<16}{:<16}File\n", "Offset", "Length", "Mapped to"));
+    for_each_line(view, |line| {
+        if !line.data || line.zero {
+            return;
+        }
+        let member = &view.chain().members()[view.member() + line.depth];
+        let offset = line.offset.map_or("compressed".to_owned(), hexadecimal);
+        let (start, len) = (hexadecimal(line.start), hexadecimal(line.len));
+        let file = printable(&member.path().display().to_string());
+        print(&format!("{start:<16}{len:<16}{offset:<16}{file}\n"));
+    })
+}

@@ -1,0 +1,213 @@
+//! `qchainfs mount`.
+
+use std::ffi::OsString;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::thread;
+
+use nix::sys::signal::{SigSet, Signal};
+use nix::unistd::{getegid, geteuid};
+
+use super::background::{self, Role};
+use super::mount_options::{HELP, Options, Unknown};
+use super::{exit, logging};
+use crate::chain::{Address, Chain, MemberChoice, OpenOptions, View};
+use crate::error::{Doing, Error, Problem, Result};
+use crate::image::Writability;
+use crate::mount::{MountOptions, Ownership, Session, Stop, TreeOptions};
+
+const READ_ONLY: Writability = Writability::ReadOnly;
+
+/// Show every member and snapshot of an image's chain as raw disk files
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// Write nothing: the same as -o ro
+    #[arg(short, long)]
+    read_only: bool,
+    /// Stay in front
+    #[arg(short, long)]
+    foreground: bool,
+    #[arg(short, value_name = "OPTIONS", help = HELP)]
+    options: Vec<String>,
+    /// The top image of the chain, or the address of a view (IMAGE[N], IMAGE@SNAPSHOT): a
+    /// read-only mount with that at its root
+    #[arg(value_name = "ADDRESS")]
+    image: OsString,
+    /// An empty directory
+    mountpoint: PathBuf,
+}
+
+/// A mount, ready to be done.
+pub struct Plan {
+    /// The view at the root; its image is absolute.
+    pub address: Address,
+    /// The mountpoint, absolute.
+    pub mountpoint: PathBuf,
+    /// What was said behind `-o`.
+    pub options: Options,
+}
+
+/// Runs the verb.
+pub fn run(arguments: Arguments) -> Result<ExitCode> {
+    let words = arguments.options.iter().map(String::as_str);
+    let mut options = Options::parse(words, Unknown::Refuse)?;
+    if arguments.read_only {
+        if options.writability == Some(Writability::Writable) {
+            return Err(Error::usage("-r and -o rw contradict each other"));
+        }
+        options.writability = Some(Writability::ReadOnly);
+    }
+    let plan = Plan::new(&arguments.image, &arguments.mountpoint, options)?;
+    if arguments.foreground { plan.serve_in_front() } else { plan.serve_in_background() }
+}
+
+impl Plan {
+    /// Makes names absolute, so that they mean the same from any directory.
+    pub fn new(image: &OsString, mountpoint: &Path, options: Options) -> Result<Self> {
+        let absolute =
+            |path: &Path| std::path::absolute(path).doing("find out the current directory");
+        let mut address = Address::parse(image);
+        address.image = absolute(&address.image)?;
+        Ok(Self { address, mountpoint: absolute(mountpoint)?, options })
+    }
+
+    /// Mounts and returns once the mount answers.
+    pub fn serve_in_background(&self) -> Result<ExitCode> {
+        match background::split()? {
+            Role::Launcher(code) => Ok(code),
+            Role::Background => {
+                logging::to_system();
+                self.serve(background::ready)
+            }
+        }
+    }
+
+    fn serve_in_front(&self) -> Result<ExitCode> {
+        logging::to_stderr();
+        self.serve(|| {
+            if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
+                log::debug!("systemd could not be told: {error}");
+            }
+            Ok(())
+        })
+    }
+
+    /// Mounts, calls `ready`, and serves until the end.
+    fn serve(&self, ready: impl FnOnce() -> Result<()>) -> Result<ExitCode> {
+        let signals = block_signals()?;
+        be_gentle_to_memory();
+        let (root, first_member) = self.open_root()?;
+        let session = Session::mount(root, &self.mount_options(first_member))?;
+        stop_on(signals, session.stop())?;
+        // The kernel queues what is asked before the first thread listens: the mount answers from here on.
+        if let Err(error) = ready() {
+            log::error!("{error}");
+        }
+        session.run()?;
+        Ok(ExitCode::from(exit::DONE))
+    }
+
+    /// Opens the view at the root, and says which member of the image's chain it belongs to.
+    fn open_root(&self) -> Result<(View, usize)> {
+        if self.address.member == MemberChoice::Index(0) && self.address.snapshot.is_none() {
+            return Ok((Arc::new(self.open_top()?).view(0)?, 0));
+        }
+        if self.options.writability == Some(Writability::Writable) {
+            return Err(Error::usage("only the active layer can be mounted writable"));
+        }
+        let whole = Arc::new(Chain::open(&self.address.image, &self.open_options(READ_ONLY))?);
+        let view = self.address.find(&whole)?;
+        let (index, snapshot) = (view.member(), view.snapshot_tree());
+        drop(view);
+        let part = Arc::into_inner(whole).ok_or_else(|| Error::usage("the chain is in use"))?;
+        let part = Arc::new(part.from_member(index)?);
+        let root = match snapshot {
+            Some(snapshot) => part.snapshot_view(0, snapshot)?,
+            None => part.view(0)?,
+        };
+        Ok((root, index))
+    }
+
+    fn open_options(&self, writability: Writability) -> OpenOptions {
+        OpenOptions {
+            writability,
+            policy: self.options.policy.clone(),
+            sharing: self.options.sharing,
+            ..OpenOptions::default()
+        }
+    }
+
+    /// Opens the whole chain: writable if the user says so or, if he says nothing, if the file is.
+    fn open_top(&self) -> Result<Chain> {
+        let image = &self.address.image;
+        let wanted = self.options.writability.unwrap_or(Writability::Writable);
+        match Chain::open(image, &self.open_options(wanted)) {
+            Err(error)
+                if self.options.writability.is_none()
+                    && is_write_protected(&error)
+                    && error.path() == Some(image) =>
+            {
+                log::warn!("{error}: mounting read-only");
+                Chain::open(image, &self.open_options(READ_ONLY))
+            }
+            opened => opened,
+        }
+    }
+
+    fn mount_options(&self, first_member: usize) -> MountOptions {
+        let options = &self.options;
+        let cores = thread::available_parallelism().map_or(1, usize::from);
+        MountOptions {
+            mountpoint: self.mountpoint.clone(),
+            tree: TreeOptions {
+                image: self.address.image.clone(),
+                first_member,
+                ownership: Ownership {
+                    uid: options.uid.unwrap_or_else(|| geteuid().as_raw()),
+                    gid: options.gid.unwrap_or_else(|| getegid().as_raw()),
+                    umask: options.umask,
+                },
+                growth: options.growth,
+                discard: options.discard,
+            },
+            audience: options.audience,
+            flags: options.flags.clone(),
+            // A thread that waits for a disk does not answer: there are more than cores.
+            threads: options.threads.unwrap_or((cores * 2).clamp(4, 16)),
+        }
+    }
+}
+
+/// Whether the file itself can't be written, rather than being locked or broken.
+fn is_write_protected(error: &Error) -> bool {
+    let Problem::Io { source, .. } = error.problem() else { return false };
+    matches!(source.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem)
+}
+
+/// Blocks the signals that end the program, before there are threads that could get them.
+fn block_signals() -> Result<SigSet> {
+    let signals = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP]);
+    signals.thread_block().doing("block signals")?;
+    Ok(signals)
+}
+
+/// Ends the session when a signal comes.
+fn stop_on(signals: SigSet, stop: Stop) -> Result<()> {
+    let work = move || {
+        while signals.wait().is_ok() {
+            stop.request();
+        }
+    };
+    thread::Builder::new().name("signals".into()).spawn(work).doing("start a thread")?;
+    Ok(())
+}
+
+/// Tells the kernel that memory it wants back may depend on us: freeing it must not wait for our own files. Only the
+/// mighty may say so; without it all works, but a machine that is out of memory can hang.
+fn be_gentle_to_memory() {
+    if let Err(error) = rustix::process::configure_io_flusher_behavior(true) {
+        log::debug!("could not become an I/O flusher: {error}");
+    }
+}

@@ -1,0 +1,246 @@
+//! The words behind `-o`.
+
+use std::path::PathBuf;
+
+use crate::chain::{BackingPolicy, Sharing};
+use crate::error::{Error, Result};
+use crate::image::Writability;
+use crate::mount::{Audience, DiscardMode, Growth, MountFlag};
+
+/// Greatest number of threads that makes any sense.
+const MAX_THREADS: usize = 256;
+
+/// What `--help` says of `-o`.
+pub const HELP: &str = "Mount options, separated by commas:\n\
+     ro, rw                  read-only; writable (default: writable if the file is)\n\
+     growable                truncate may make disk.raw larger\n\
+     allow_other             other users may look inside\n\
+     uid=N, gid=N            owner of the files (default: you)\n\
+     umask=OCTAL             mode bits to clear (default: 027)\n\
+     backing_policy=POLICY   files that images may name: same-dir (default: in or below the\n                        \
+     top image's directory), any, deny, allow:DIR (may be repeated)\n\
+     discard=unmap|ignore    whether discards give host space back (default: unmap)\n\
+     lock=on|off             take and heed image locks (default: on)\n\
+     threads=N               threads that answer requests\n\
+     noexec, noatime         as in mount(8), whose other options are accepted and ignored";
+
+/// Mount options as ready values; `None` where nothing was said.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Options {
+    /// `ro`, `rw`.
+    pub writability: Option<Writability>,
+    /// `growable`.
+    pub growth: Growth,
+    /// `allow_other`.
+    pub audience: Audience,
+    /// `uid=`.
+    pub uid: Option<u32>,
+    /// `gid=`.
+    pub gid: Option<u32>,
+    /// `umask=`.
+    pub umask: u16,
+    /// `backing_policy=`.
+    pub policy: BackingPolicy,
+    /// `discard=`.
+    pub discard: DiscardMode,
+    /// `lock=`.
+    pub sharing: Sharing,
+    /// `threads=`.
+    pub threads: Option<usize>,
+    /// Flags for the kernel.
+    pub flags: Vec<MountFlag>,
+}
+
+/// What to do with a word that is not known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unknown {
+    /// Refuse it.
+    Refuse,
+    /// Ignore it (mount's "sloppy").
+    Ignore,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            writability: None,
+            growth: Growth::Fixed,
+            audience: Audience::Owner,
+            uid: None,
+            gid: None,
+            umask: 0o027,
+            policy: BackingPolicy::default(),
+            discard: DiscardMode::Unmap,
+            sharing: Sharing::Locked,
+            threads: None,
+            flags: Vec::new(),
+        }
+    }
+}
+
+impl Options {
+    /// Reads lists of options, later ones over earlier ones.
+    ///
+    /// # Errors
+    /// A word that is not known, or a value that makes no sense.
+    pub fn parse<'a>(lists: impl Iterator<Item = &'a str>, unknown: Unknown) -> Result<Self> {
+        let mut options = Self::default();
+        for word in lists.flat_map(|list| list.split(',')).filter(|word| !word.is_empty()) {
+            let (key, value) = match word.split_once('=') {
+                Some((key, value)) => (key, Some(value)),
+                None => (word, None),
+            };
+            if !options.take(key, value)? && !is_standard(key) && unknown == Unknown::Refuse {
+                return Err(Error::usage(format!(
+                    "unknown mount option \"{word}\"; see qchainfs mount --help"
+                )));
+            }
+        }
+        Ok(options)
+    }
+
+    /// Takes one option; answers whether it is one of ours.
+    fn take(&mut self, key: &str, value: Option<&str>) -> Result<bool> {
+        match (key, value) {
+            ("ro", None) => self.writability = Some(Writability::ReadOnly),
+            ("rw", None) => self.writability = Some(Writability::Writable),
+            ("growable", None) => self.growth = Growth::Growable,
+            ("allow_other", None) => self.audience = Audience::Everyone,
+            ("noexec", None) => self.flags.push(MountFlag::NoExec),
+            ("noatime", None) => self.flags.push(MountFlag::NoAtime),
+            ("uid", Some(value)) => self.uid = Some(number(key, value, 10)?),
+            ("gid", Some(value)) => self.gid = Some(number(key, value, 10)?),
+            ("umask", Some(value)) => self.umask = (number(key, value, 8)? & 0o777) as u16,
+            ("threads", Some(value)) => {
+                let threads = number(key, value, 10)? as usize;
+                if !(1..=MAX_THREADS).contains(&threads) {
+                    return Err(Error::usage(format!("threads is between 1 and {MAX_THREADS}")));
+                }
+                self.threads = Some(threads);
+            }
+            ("discard", Some("unmap")) => self.discard = DiscardMode::Unmap,
+            ("discard", Some("ignore")) => self.discard = DiscardMode::Ignore,
+            ("lock", Some("on")) => self.sharing = Sharing::Locked,
+            ("lock", Some("off")) => self.sharing = Sharing::Forced,
+            ("backing_policy", Some(value)) => self.take_policy(value)?,
+            ("discard" | "lock" | "uid" | "gid" | "umask" | "threads" | "backing_policy", _) => {
+                return Err(Error::usage(format!(
+                    "mount option {key} does not take the value \"{}\"",
+                    value.unwrap_or_default()
+                )));
+            }
+            _ => return Ok(false),
+        }
+        Ok(true)
+    }
+
+    fn take_policy(&mut self, value: &str) -> Result<()> {
+        self.policy = match (value, value.strip_prefix("allow:")) {
+            ("same-dir", _) => BackingPolicy::SameDirectory,
+            ("any", _) => BackingPolicy::Any,
+            ("deny", _) => BackingPolicy::Deny,
+            (_, Some(directory)) if !directory.is_empty() => {
+                let mut directories = match std::mem::take(&mut self.policy) {
+                    BackingPolicy::Allow(directories) => directories,
+                    _ => Vec::new(),
+                };
+                directories.push(PathBuf::from(directory));
+                BackingPolicy::Allow(directories)
+            }
+            _ => {
+                return Err(Error::usage(format!(
+                    "backing_policy is same-dir, any, deny or allow:DIR, not \"{value}\""
+                )));
+            }
+        };
+        Ok(())
+    }
+}
+
+fn number(key: &str, value: &str, radix: u32) -> Result<u32> {
+    u32::from_str_radix(value, radix)
+        .map_err(|_| Error::usage(format!("mount option {key} takes a number, not \"{value}\"")))
+}
+
+/// Whether `key` is an option that mount(8), systemd or mount.fuse3 hand to any helper.
+fn is_standard(key: &str) -> bool {
+    const STANDARD: &[&str] = &[
+        "_netdev",
+        "_rnetdev",
+        "async",
+        "atime",
+        "auto",
+        "comment",
+        "context",
+        "default_permissions",
+        "defaults",
+        "defcontext",
+        "dev",
+        "diratime",
+        "dirsync",
+        "exec",
+        "fscontext",
+        "fsname",
+        "group",
+        "iversion",
+        "lazytime",
+        "loud",
+        "mand",
+        "noauto",
+        "nodev",
+        "nodiratime",
+        "nofail",
+        "nogroup",
+        "noiversion",
+        "nolazytime",
+        "nomand",
+        "noowner",
+        "norelatime",
+        "nostrictatime",
+        "nosuid",
+        "nouser",
+        "nousers",
+        "owner",
+        "relatime",
+        "rootcontext",
+        "silent",
+        "strictatime",
+        "subtype",
+        "suid",
+        "sync",
+        "user",
+        "users",
+    ];
+    STANDARD.contains(&key) || key.starts_with("x-") || key.starts_with("X-")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(list: &str) -> Result<Options> {
+        Options::parse([list].into_iter(), Unknown::Refuse)
+    }
+
+    #[test]
+    fn what_mount_hands_to_any_helper_is_ignored() {
+        let list =
+            "defaults,nofail,_netdev,x-systemd.automount,user,nosuid,nodev,dev,suid,comment=hi";
+        assert_eq!(parse(list).unwrap(), Options::default());
+    }
+
+    #[test]
+    fn several_directories_can_be_allowed() {
+        let options = parse("backing_policy=allow:/a,ro,backing_policy=allow:/b").unwrap();
+        assert_eq!(options.policy, BackingPolicy::Allow(vec!["/a".into(), "/b".into()]));
+        assert_eq!(options.writability, Some(Writability::ReadOnly));
+    }
+
+    #[test]
+    fn a_misspelt_option_is_an_error_unless_mount_is_sloppy() {
+        assert!(parse("growabel").is_err());
+        assert!(parse("discard=maybe").is_err());
+        assert!(parse("threads=0").is_err());
+        assert!(Options::parse(["growabel"].into_iter(), Unknown::Ignore).is_ok());
+    }
+}

@@ -1,0 +1,201 @@
+//! Errors in words: what is wrong with which file, why, and the command to run next.
+
+use std::fmt;
+use std::path::Path;
+
+use super::{Error, OtherUse, Problem, Process, RepairMark};
+
+impl Error {
+    /// What is wrong with which file, in one line without a final stop.
+    pub fn headline(&self) -> String {
+        let file = self.path().map_or_else(|| "the image".to_owned(), show);
+        match self.problem() {
+            Problem::NotFound => format!("{file}: no such file"),
+            Problem::NotARegularFile => format!("{file} is not a regular file"),
+            Problem::Exists => format!("{file} exists already"),
+            Problem::NotQcow2 => format!("{file} is not a qcow2 image"),
+            Problem::Unsupported { feature } => {
+                format!("{file} needs a feature that is not supported: {feature}")
+            }
+            Problem::Invalid { field, .. } => format!("{file} has an invalid {field}"),
+            Problem::Corrupt { .. } => format!("{file} is corrupt"),
+            Problem::NeedsRepair { .. } => format!("{file} must be repaired before it is written"),
+            Problem::Locked { other, holders } => {
+                let doing = match other {
+                    OtherUse::Writes => "open for writing",
+                    OtherUse::Reads => "in use",
+                };
+                match show_processes(holders) {
+                    Some(processes) => format!("{file} is {doing} by {processes}"),
+                    None => format!("{file} is {doing} by another process"),
+                }
+            }
+            Problem::BackingLoop { .. } => format!("{file}: the backing chain is a loop"),
+            Problem::BackingMissing { name, .. } => {
+                format!("{file}: its backing file \"{name}\" is not there")
+            }
+            Problem::BackingFormatMissing { name } => {
+                format!("{file} does not say which format its backing file \"{name}\" has")
+            }
+            Problem::ChainTooDeep { limit } => {
+                format!("{file}: the backing chain is deeper than {limit} members")
+            }
+            Problem::Refused { target, .. } => {
+                format!("{file} names {}, which the policy does not let it open", show(target))
+            }
+            Problem::ReadOnly => format!("{file} is read-only"),
+            Problem::SizeIsFixed => format!("the size of {file} can't be changed this way"),
+            Problem::ClosedForWriting => {
+                format!("{file} takes no more writes since a write of its metadata failed")
+            }
+            Problem::OutOfRange { offset, len, size } => {
+                format!("{file}: {len} bytes at {offset} are outside the disk of {size} bytes")
+            }
+            Problem::NoSuchSnapshot { wanted, .. } => {
+                format!("{file} has no internal snapshot \"{wanted}\"")
+            }
+            Problem::NoSuchMember { wanted, .. } => {
+                format!("the chain of {file} has no member \"{wanted}\"")
+            }
+            Problem::Usage { message } => message.clone(),
+            Problem::NotMounted => format!("{file} is not a mountpoint of qchainfs"),
+            Problem::Mountpoint { .. } => format!("{file} can't be used as a mountpoint"),
+            Problem::Busy { holders } if holders.is_empty() => format!("{file} is still in use"),
+            Problem::Busy { holders } => {
+                format!("{file} is still in use by {}", holders.join(", "))
+            }
+            Problem::Helper { program, .. } => format!("{program} failed"),
+            Problem::Io { action, .. } => match self.path() {
+                Some(path) => format!("{}: could not {action}", show(path)),
+                None => format!("could not {action}"),
+            },
+        }
+    }
+
+    /// Why, where that is more than the headline says.
+    pub fn reason(&self) -> Option<String> {
+        match self.problem() {
+            Problem::NotQcow2 => Some("it does not begin with the magic bytes 51 46 49 fb".into()),
+            Problem::Invalid { reason, .. }
+            | Problem::Refused { reason, .. }
+            | Problem::Mountpoint { reason } => Some(reason.clone()),
+            Problem::Corrupt { what } => Some(what.clone()),
+            Problem::NeedsRepair { mark } => Some(match mark {
+                RepairMark::Dirty => {
+                    "it was not closed cleanly and its refcounts may be wrong (dirty bit)".into()
+                }
+                RepairMark::Corrupt => "its header is marked corrupt".into(),
+            }),
+            Problem::Locked { other: OtherUse::Writes, .. } => {
+                Some("two writers would destroy it, and a reader would see it half written".into())
+            }
+            Problem::Locked { other: OtherUse::Reads, .. } => {
+                Some("whoever reads it relies on nobody writing it".into())
+            }
+            Problem::BackingLoop { files } => {
+                let files: Vec<_> = files.iter().map(|file| show(file)).collect();
+                Some(files.join(" -> "))
+            }
+            Problem::BackingMissing { looked, .. } => Some(format!("looked for {}", show(looked))),
+            Problem::BackingFormatMissing { .. } => Some(
+                "guessing it would let whoever wrote the disk choose the format, and so a file to read"
+                    .into(),
+            ),
+            Problem::NoSuchSnapshot { present, .. } if present.is_empty() => {
+                Some("it has no internal snapshots at all".into())
+            }
+            Problem::NoSuchSnapshot { present, .. } => {
+                Some(format!("it has: {}", present.join(", ")))
+            }
+            Problem::NoSuchMember { count, .. } => Some(format!(
+                "it has {count}, counted from 0, the active layer, to {}, the base",
+                count.saturating_sub(1)
+            )),
+            Problem::Helper { message, .. } => Some(message.clone()),
+            Problem::Io { source, .. } => Some(source.to_string()),
+            _ => None,
+        }
+    }
+
+    /// The command to run next, where there is one to recommend.
+    pub fn advice(&self) -> Option<String> {
+        let file = self.path().map_or_else(|| "IMAGE".to_owned(), shell_word);
+        match self.problem() {
+            Problem::Locked { other: OtherUse::Writes, .. } => {
+                Some(format!("qchainfs info -U {file}"))
+            }
+            Problem::NeedsRepair { .. } => Some(format!("qemu-img check -r all {file}")),
+            Problem::Corrupt { .. } => Some(format!("qemu-img check {file}")),
+            Problem::BackingFormatMissing { name } => Some(format!(
+                "qemu-img rebase -u -F FORMAT -b {} {file}",
+                shell_word(Path::new(name))
+            )),
+            Problem::BackingMissing { .. } => {
+                Some(format!("qemu-img rebase -u -F FORMAT -b NEW-NAME {file}"))
+            }
+            Problem::Refused { option: Some(option), .. } => {
+                Some(format!("qchainfs mount -o {option} IMAGE MOUNTPOINT"))
+            }
+            Problem::Exists => Some(format!("rm {file}")),
+            Problem::NotMounted => Some("findmnt -t fuse.qchainfs".into()),
+            Problem::NoSuchSnapshot { .. } => Some(format!("qchainfs info {file}")),
+            Problem::NoSuchMember { .. } => Some(format!("qchainfs info --backing-chain {file}")),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.headline())?;
+        match self.reason() {
+            Some(reason) => write!(f, ": {reason}"),
+            None => Ok(()),
+        }
+    }
+}
+
+fn show(path: &Path) -> String {
+    path.display().to_string()
+}
+
+fn show_processes(processes: &[Process]) -> Option<String> {
+    let words: Vec<_> =
+        processes.iter().map(|process| format!("{} (pid {})", process.name, process.pid)).collect();
+    (!words.is_empty()).then(|| words.join(", "))
+}
+
+/// `path` as a shell would have to be given it.
+fn shell_word(path: &Path) -> String {
+    let text = show(path);
+    let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+:,@%".contains(c);
+    if !text.is_empty() && text.chars().all(plain) {
+        text
+    } else {
+        format!("'{}'", text.replace('\'', r"'\''"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_with_a_quote_stays_one_shell_word() {
+        assert_eq!(shell_word(Path::new("it's here")), r"'it'\''s here'");
+        assert_eq!(shell_word(Path::new("/a/b-c.qcow2")), "/a/b-c.qcow2");
+    }
+
+    #[test]
+    fn a_locked_image_names_the_process() {
+        let error = Error::new(Problem::Locked {
+            other: OtherUse::Writes,
+            holders: vec![Process { pid: 4711, name: "qemu-system-x86_64".into() }],
+        })
+        .at(Path::new("wrap.qcow2"));
+        assert_eq!(
+            error.headline(),
+            "wrap.qcow2 is open for writing by qemu-system-x86_64 (pid 4711)"
+        );
+    }
+}

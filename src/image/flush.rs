@@ -1,0 +1,220 @@
+//! From memory to stable storage, in an order in which a power cut can only leak clusters.
+//!
+//! 1. New refcount blocks; sync.
+//! 2. Refcount table entries, refcounts, new L2 tables (nothing points to these yet); sync, which also makes the guest's
+//!    data durable.
+//! 3. L2 and L1 entries: they point only to what step 2 made durable; sync.
+//! 4. Clusters that lost their last pointer in step 3 are punched, then counted as free. These counts are written by
+//!    the next flush: until then a power cut leaves them as leaks.
+//!
+//! A step that has nothing to write does not sync.
+
+use std::sync::atomic::Ordering;
+
+use super::Image;
+use super::layout::{CheckedWrite, Owner};
+use super::metadata::Metadata;
+use super::pages::{Dirty, Kind};
+use crate::error::{Doing, Error, Problem, Result};
+use crate::qcow2::offsets;
+use crate::units::HostOffset;
+
+impl Image {
+    /// Returns when all that was written before is on stable storage.
+    ///
+    /// # Errors
+    /// After the first failure the image takes no more writes until it is opened anew: what the disk holds is no
+    /// longer known, and a second `fdatasync` would claim success for lost pages.
+    pub fn flush(&self) -> Result<()> {
+        let _one_at_a_time = self.flushing.lock().unwrap_or_else(|lock| lock.into_inner());
+        self.flush_alone()
+    }
+
+    /// Flushes until not even freed clusters wait to be written: what a clean close needs.
+    ///
+    /// # Errors
+    /// As [`Image::flush`].
+    pub fn flush_all(&self) -> Result<()> {
+        while self.has_unwritten() {
+            self.flush()?;
+        }
+        Ok(())
+    }
+
+    /// Whether a flush would have something to do.
+    pub fn has_unwritten(&self) -> bool {
+        let metadata = self.metadata();
+        self.unsynced.load(Ordering::Acquire)
+            || metadata.pages.dirty_count() > 0
+            || metadata.l1.is_dirty()
+            || metadata.allocator.as_ref().is_some_and(|allocator| {
+                allocator.reftable.is_dirty() || allocator.has_unreferenced()
+            })
+    }
+
+    /// [`Image::flush`] for a caller that holds the flush lock.
+    pub(super) fn flush_alone(&self) -> Result<()> {
+        if !self.has_unwritten() {
+            return Ok(());
+        }
+        self.check_open_for_writing()?;
+        // From here on a failure leaves the file in a state that only a new open can find out.
+        self.write_out().map_err(|error| self.close_for_writing(error))
+    }
+
+    fn write_out(&self) -> Result<()> {
+        let Captured { new_blocks, early, late, pages, mut unreferenced } =
+            self.metadata().capture()?;
+        let data_unsynced = self.unsynced.swap(false, Ordering::AcqRel);
+        let store = &*self.store;
+        let write = |writes: &[CheckedWrite]| writes.iter().try_for_each(|one| one.perform(store));
+        let sync = || store.sync().doing("make it durable");
+
+        if !new_blocks.is_empty() {
+            write(&new_blocks)?;
+            sync()?;
+        }
+        if !early.is_empty() || data_unsynced {
+            write(&early)?;
+            sync()?;
+        }
+        if !late.is_empty() {
+            write(&late)?;
+            sync()?;
+        }
+        self.metadata().pages.written(pages);
+        unreferenced.sort_unstable();
+        self.give_back(&unreferenced)
+    }
+
+    /// Step 4: `clusters` (sorted, one mention per lost reference) have no pointer on disk any more.
+    fn give_back(&self, clusters: &[HostOffset]) -> Result<()> {
+        let store = &*self.store;
+        let last = {
+            let mut metadata = self.metadata();
+            let (allocator, pages) = metadata.writer()?;
+            allocator.last_references(pages, store, clusters)?
+        };
+        // Punched before they count as free: a late punch would hit the next owner's data.
+        let cluster_size = self.geometry.cluster_size();
+        for run in last.chunk_by(|a, b| *b - *a == cluster_size) {
+            if let Err(error) = store.punch_hole(run[0], run.len() as u64 * cluster_size) {
+                log::warn!("could not give space back to the host: {error}");
+            }
+        }
+        let mut metadata = self.metadata();
+        let (allocator, pages) = metadata.writer()?;
+        for &cluster in &last {
+            pages.forget(cluster, cluster_size);
+        }
+        allocator.unreference(pages, store, clusters)
+    }
+
+    /// Makes the refcount table longer, so that clusters behind what it describes can be allocated.
+    ///
+    /// The new table and the blocks that describe it lie behind everything else, durable before the header names them.
+    pub(super) fn grow_refcount_table(&self) -> Result<()> {
+        let _one_at_a_time = self.flushing.lock().unwrap_or_else(|lock| lock.into_inner());
+        // The new table must name only blocks that are durable.
+        self.flush_alone()?;
+        self.check_open_for_writing()?;
+        let moved = self.move_refcount_table(&mut self.metadata());
+        moved.map_err(|error| self.close_for_writing(error))
+    }
+
+    fn move_refcount_table(&self, metadata: &mut Metadata) -> Result<()> {
+        let (allocator, _) = metadata.writer()?;
+        let table = allocator.build_longer_table(&*self.store)?;
+        let clusters = self.geometry.clusters(table.byte_len()) as u32;
+        let mut field = table.offset().get().to_be_bytes().to_vec();
+        field.extend(clusters.to_be_bytes());
+        self.write_header_field(metadata, offsets::REFTABLE, field)?;
+        metadata.header.reftable_offset = table.offset();
+        metadata.header.reftable_clusters = clusters;
+        let (allocator, _) = metadata.writer()?;
+        allocator.use_table(table);
+        Ok(())
+    }
+
+    /// Changes a field of the header and makes it durable.
+    pub(super) fn write_header_field(
+        &self,
+        metadata: &mut Metadata,
+        field: HostOffset,
+        bytes: Vec<u8>,
+    ) -> Result<()> {
+        let (allocator, _) = metadata.writer()?;
+        allocator.layout.check(Owner::Header, field, bytes)?.perform(&*self.store)?;
+        self.store.sync().doing("make its header durable")
+    }
+
+    /// Marks the image corrupt if `error` says that it is, and closes it for writing.
+    pub(super) fn note(&self, error: Error) -> Error {
+        if matches!(error.problem(), Problem::Corrupt { .. }) && self.is_writable() {
+            log::error!("{error}");
+            if !self.closed.swap(true, Ordering::AcqRel) {
+                self.mark_corrupt();
+            }
+        }
+        error
+    }
+
+    fn close_for_writing(&self, error: Error) -> Error {
+        log::error!("no more writes are taken: {error}");
+        let error = self.note(error);
+        self.closed.store(true, Ordering::Release);
+        error
+    }
+
+    /// Sets the header's corrupt bit, as QEMU does; version 2 has none.
+    fn mark_corrupt(&self) {
+        use crate::qcow2::{IncompatibleFeatures, Version};
+        let mut metadata = self.metadata();
+        if metadata.header.version == Version::V2 {
+            return;
+        }
+        metadata.header.incompatible |= IncompatibleFeatures::CORRUPT;
+        let bits = metadata.header.incompatible.bits().to_be_bytes().to_vec();
+        if let Err(error) = self.write_header_field(&mut metadata, offsets::INCOMPATIBLE, bits) {
+            log::error!("could not mark the image corrupt: {error}");
+        }
+    }
+}
+
+/// All that one flush writes, taken at one instant.
+struct Captured {
+    new_blocks: Vec<CheckedWrite>,
+    early: Vec<CheckedWrite>,
+    late: Vec<CheckedWrite>,
+    pages: Vec<(HostOffset, Dirty)>,
+    unreferenced: Vec<HostOffset>,
+}
+
+impl Metadata {
+    fn capture(&mut self) -> Result<Captured> {
+        let l1 = self.l1.capture();
+        let (allocator, pages) = self.writer()?;
+        let unreferenced = allocator.take_unreferenced();
+        let reftable = allocator.reftable.capture();
+        let pages = pages.capture();
+
+        let (mut new_blocks, mut early, mut late) = (Vec::new(), Vec::new(), Vec::new());
+        let layout = &allocator.layout;
+        for (at, bytes) in reftable {
+            early.push(layout.check(Owner::RefcountTable, at, bytes)?);
+        }
+        for (at, dirty) in &pages {
+            let (owner, step) = match dirty.kind {
+                Kind::NewRefcountBlock => (Owner::RefcountBlock, &mut new_blocks),
+                Kind::RefcountBlock => (Owner::RefcountBlock, &mut early),
+                Kind::NewL2 => (Owner::ActiveL2, &mut early),
+                Kind::L2 => (Owner::ActiveL2, &mut late),
+            };
+            step.push(layout.check(owner, *at, dirty.bytes.to_vec())?);
+        }
+        for (at, bytes) in l1 {
+            late.push(layout.check(Owner::ActiveL1, at, bytes)?);
+        }
+        Ok(Captured { new_blocks, early, late, pages, unreferenced })
+    }
+}

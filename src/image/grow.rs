@@ -1,0 +1,102 @@
+//! Making the disk larger.
+
+use std::sync::atomic::Ordering;
+
+use super::layout::Owner;
+use super::table::Table;
+use super::{Below, Image, ZeroMode};
+use crate::error::{Doing, Error, Result};
+use crate::qcow2::{MAX_L1_BYTES, Version, offsets};
+use crate::units::{GuestOffset, GuestRange};
+
+impl Image {
+    /// Makes the disk `size` bytes long, rounded up to 512; new bytes read as zero, whatever lies below.
+    ///
+    /// # Errors
+    /// A size below the present one, or one that needs an L1 table above 32 MiB; version 2 with snapshots, whose
+    /// entries would not know their own size.
+    pub fn grow(&self, below: &dyn Below, size: u64) -> Result<()> {
+        let old_size = self.size();
+        let size = size.checked_next_multiple_of(512).unwrap_or(u64::MAX);
+        if size < old_size {
+            return Err(Error::usage(format!(
+                "{size} bytes are less than the {old_size} of today"
+            )));
+        }
+        if size.div_ceil(self.geometry.l2_span()) * 8 > MAX_L1_BYTES {
+            return Err(Error::usage(format!(
+                "{size} bytes are more than clusters of {} bytes can map",
+                self.geometry.cluster_size()
+            )));
+        }
+        let header = self.header();
+        if header.version == Version::V2 && header.snapshot_count > 0 {
+            return Err(Error::unsupported("growing a version 2 image that has snapshots"));
+        }
+        self.begin_change()?;
+        self.grow_l1(self.geometry.l1_entries(size) as usize)?;
+        // Zeroed before the header says that it is there: a crash in between changes nothing that can be seen.
+        self.size.store(size, Ordering::Release);
+        let new = GuestRange::new(GuestOffset::new(old_size), size - old_size);
+        let prepared = self.hide_below(below, new).and_then(|()| self.flush());
+        if let Err(error) = prepared.and_then(|()| self.write_size(size)) {
+            self.size.store(old_size, Ordering::Release);
+            return Err(error);
+        }
+        self.mapping_changed();
+        Ok(())
+    }
+
+    /// Makes the new part of the disk read as zero: the rest of the old last cluster, and all that would show through.
+    fn hide_below(&self, below: &dyn Below, new: GuestRange) -> Result<()> {
+        let in_old_cluster = new.start.get().next_multiple_of(self.geometry.cluster_size());
+        let rest = in_old_cluster.min(new.end().get()) - new.start.get();
+        self.zero(below, GuestRange::new(new.start, rest), ZeroMode::Unmap)?;
+        let behind = GuestRange::new(new.start + rest, new.len - rest);
+        if behind.is_empty() || below.is_zero(behind)? {
+            return Ok(());
+        }
+        self.zero(below, behind, ZeroMode::Unmap)
+    }
+
+    fn write_size(&self, size: u64) -> Result<()> {
+        let mut metadata = self.metadata();
+        self.write_header_field(&mut metadata, offsets::SIZE, size.to_be_bytes().to_vec())?;
+        metadata.header.size = size;
+        Ok(())
+    }
+
+    /// Moves the L1 table to a place with room for `len` entries, if it has fewer.
+    fn grow_l1(&self, len: usize) -> Result<()> {
+        if self.metadata().l1.entries().len() >= len {
+            return Ok(());
+        }
+        let _disk = self.claim_disk();
+        // What the new table names must be durable before it is.
+        self.flush()?;
+        let place = self.allocate_contiguous(self.geometry.clusters(len as u64 * 8))?;
+        self.flush()?;
+        let _one_at_a_time = self.flushing.lock().unwrap_or_else(|lock| lock.into_inner());
+        let mut metadata = self.metadata();
+        let mut entries = metadata.l1.entries().to_vec();
+        entries.resize(len, 0);
+        let bytes: Vec<u8> = entries.iter().flat_map(|entry| entry.to_be_bytes()).collect();
+        let (allocator, _) = metadata.writer()?;
+        allocator.layout.claim(place.start, bytes.len() as u64, Owner::ActiveL1)?;
+        allocator.layout.check(Owner::ActiveL1, place.start, bytes)?.perform(&*self.store)?;
+        self.store.sync().doing("make its L1 table durable")?;
+        let mut field = (len as u32).to_be_bytes().to_vec();
+        field.extend(place.start.get().to_be_bytes());
+        self.write_header_field(&mut metadata, offsets::L1, field)?;
+
+        metadata.header.l1_entries = len as u32;
+        metadata.header.l1_offset = place.start;
+        let old = std::mem::replace(&mut metadata.l1, Table::new(place.start, entries));
+        let (allocator, _) = metadata.writer()?;
+        allocator.layout.release(old.offset(), old.byte_len());
+        for at in (0..old.byte_len()).step_by(self.geometry.cluster_size() as usize) {
+            allocator.unreference_later(old.offset() + at);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,148 @@
+//! Opening: everything that must be known before the first read, and for a writer, before the first write.
+
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::{Arc, Mutex, RwLock};
+
+use super::allocate::Allocator;
+use super::layout::{Layout, Owner};
+use super::metadata::Metadata;
+use super::pages::Pages;
+use super::ranges::RangeLocks;
+use super::snapshots::SnapshotTable;
+use super::table::Table;
+use super::{Image, Writability};
+use crate::error::{Doing, Error, Problem, RepairMark, Result};
+use crate::qcow2::{
+    AutoclearFeatures, Header, IncompatibleFeatures, L1Entry, Version, ZeroFlag, offsets,
+};
+use crate::store::Store;
+use crate::units::HostOffset;
+
+/// Bytes of clean metadata that an image keeps in memory at most: 16 GiB of disk at the default cluster size.
+const PAGE_CACHE_BYTES: u64 = 2 << 20;
+
+impl Image {
+    /// Opens the image in `store`.
+    ///
+    /// # Errors
+    /// What [`Header::parse`], [`Header::refuse_unsupported`] and [`Header::check_tables`] refuse; for a writer also
+    /// a dirty or corrupt image, persistent bitmaps, and tables that overlap.
+    pub fn open(store: Arc<dyn Store>, writability: Writability) -> Result<Self> {
+        let header = read_header(&*store)?;
+        header.refuse_unsupported()?;
+        header.check_tables()?;
+        if writability == Writability::Writable {
+            refuse_unwritable(&header)?;
+        }
+        let geometry = header.geometry;
+        let zero_flag = match header.version {
+            Version::V2 => ZeroFlag::Reserved,
+            Version::V3 => ZeroFlag::Defined,
+        };
+        let l1 = Table::read(&*store, header.l1_offset, header.l1_entries as usize)?;
+        let snapshots = SnapshotTable::read(&*store, &header)?;
+        let allocator = match writability {
+            Writability::ReadOnly => None,
+            Writability::Writable => Some(open_allocator(&*store, &header, &l1, &snapshots)?),
+        };
+        Ok(Self {
+            geometry,
+            size: AtomicU64::new(header.size),
+            writability,
+            ranges: RangeLocks::default(),
+            flushing: Mutex::new(()),
+            metadata: Mutex::new(Metadata {
+                geometry,
+                zero_flag,
+                header,
+                l1,
+                pages: Pages::new(geometry.cluster_size(), PAGE_CACHE_BYTES),
+                allocator,
+            }),
+            snapshots: RwLock::new(snapshots.trees),
+            unsynced: AtomicBool::new(false),
+            closed: AtomicBool::new(false),
+            begun: Mutex::new(false),
+            generation: AtomicU64::new(0),
+            store,
+        })
+    }
+
+    /// Called before each change: the first one prepares the header for a writer that does not maintain all features.
+    pub(super) fn begin_change(&self) -> Result<()> {
+        self.check_open_for_writing()?;
+        let mut begun = self.begun.lock().unwrap_or_else(|lock| lock.into_inner());
+        if *begun {
+            return Ok(());
+        }
+        let mut metadata = self.metadata();
+        // Autoclear bits say "no writer without this feature has been here". None of them is maintained yet.
+        if !metadata.header.autoclear.is_empty() {
+            metadata.header.autoclear = AutoclearFeatures::empty();
+            let bits = AutoclearFeatures::empty().bits().to_be_bytes().to_vec();
+            self.write_header_field(&mut metadata, offsets::AUTOCLEAR, bits)?;
+        }
+        *begun = true;
+        Ok(())
+    }
+}
+
+/// Reads and checks the header, features aside.
+pub(super) fn read_header(store: &dyn Store) -> Result<Header> {
+    let file_len = store.len().doing("find out its length")?;
+    let read = |len: usize| -> Result<Vec<u8>> {
+        let mut bytes = vec![0; len.min(file_len as usize)];
+        store.read_at(&mut bytes, HostOffset::ZERO).doing("read its header")?;
+        Ok(bytes)
+    };
+    let len = Header::first_cluster_len(&read(512)?)?;
+    Header::parse(&read(len)?)
+}
+
+fn refuse_unwritable(header: &Header) -> Result<()> {
+    if header.incompatible.contains(IncompatibleFeatures::CORRUPT) {
+        return Err(Error::new(Problem::NeedsRepair { mark: RepairMark::Corrupt }));
+    }
+    if header.incompatible.contains(IncompatibleFeatures::DIRTY) {
+        return Err(Error::new(Problem::NeedsRepair { mark: RepairMark::Dirty }));
+    }
+    if header.autoclear.contains(AutoclearFeatures::BITMAPS) {
+        return Err(Error::unsupported("writing to an image with persistent dirty bitmaps"));
+    }
+    Ok(())
+}
+
+/// Reads the refcount table and notes which clusters hold metadata.
+fn open_allocator(
+    store: &dyn Store,
+    header: &Header,
+    l1: &Table,
+    snapshots: &SnapshotTable,
+) -> Result<Allocator> {
+    let geometry = header.geometry;
+    let cluster_size = geometry.cluster_size();
+    let reftable_len = u64::from(header.reftable_clusters) * cluster_size;
+    let reftable = Table::read(store, header.reftable_offset, reftable_len as usize / 8)?;
+
+    let mut layout = Layout::new(geometry);
+    layout.claim(header.l1_offset, l1.byte_len(), Owner::ActiveL1)?;
+    layout.claim(header.reftable_offset, reftable_len, Owner::RefcountTable)?;
+    for &entry in reftable.entries() {
+        if entry != 0 {
+            layout.claim(HostOffset::new(entry & !0x1ff), cluster_size, Owner::RefcountBlock)?;
+        }
+    }
+    for &entry in l1.entries() {
+        if let L1Entry::Table { host, .. } = L1Entry::decode(entry, geometry)? {
+            layout.claim(host, cluster_size, Owner::ActiveL2)?;
+        }
+    }
+    let table_len = snapshots.bytes.len() as u64;
+    layout.claim(header.snapshots_offset, table_len, Owner::SnapshotTable)?;
+    for snapshot in &snapshots.trees {
+        let entry = snapshot.entry();
+        layout.claim(entry.l1_offset, u64::from(entry.l1_entries) * 8, Owner::SnapshotL1)?;
+    }
+    let file_len = store.len().doing("find out its length")?;
+    Ok(Allocator::new(geometry, reftable, layout, file_len))
+}

@@ -1,0 +1,87 @@
+//! From a place in the image file to bytes of the disk.
+
+use super::map::{Content, Tree};
+use super::{Below, Image};
+use crate::error::{Doing, Result};
+use crate::qcow2::{CompressedCluster, inflate};
+use crate::units::{GuestOffset, GuestRange};
+
+impl Image {
+    /// Fills `buf` with what the run `content` holds from its byte `skip` on.
+    ///
+    /// `buf` must not reach behind the run. An unallocated run reads as zero here: what shows through is not this
+    /// image's business.
+    ///
+    /// # Errors
+    /// Failing reads; a compressed cluster that does not decompress to a whole cluster.
+    pub fn read_content(&self, content: Content, skip: u64, buf: &mut [u8]) -> Result<()> {
+        match content {
+            Content::Unallocated | Content::Zero { .. } => {
+                buf.fill(0);
+                Ok(())
+            }
+            Content::Data(place) => {
+                self.store.read_at(buf, place.host + skip).doing("read its data")
+            }
+            Content::Compressed { cluster, skip: before } => {
+                let bytes = self.decompress(cluster).map_err(|error| self.note(error))?;
+                let start = (before + skip) as usize;
+                buf.copy_from_slice(&bytes[start..start + buf.len()]);
+                Ok(())
+            }
+        }
+    }
+
+    fn decompress(&self, cluster: CompressedCluster) -> Result<Vec<u8>> {
+        let mut compressed = vec![0; cluster.len as usize];
+        self.store.read_at(&mut compressed, cluster.host).doing("read a compressed cluster")?;
+        let mut bytes = vec![0; self.geometry.cluster_size() as usize];
+        inflate(&compressed, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Fills `buf` with the active disk's bytes from `offset` on, or zeroes behind its end.
+    ///
+    /// The caller holds the range. For the whole chain's views see `chain::View`.
+    pub(super) fn read_active(
+        &self,
+        below: &dyn Below,
+        offset: GuestOffset,
+        buf: &mut [u8],
+    ) -> Result<()> {
+        let inside = self.size().saturating_sub(offset.get()).min(buf.len() as u64) as usize;
+        let (mut buf, behind) = buf.split_at_mut(inside);
+        behind.fill(0);
+        let mut at = offset;
+        while !buf.is_empty() {
+            let run = self.map(Tree::Active, GuestRange::new(at, buf.len() as u64))?;
+            let (now, rest) = buf.split_at_mut(run.len as usize);
+            match run.content {
+                Content::Unallocated => below.read(at, now)?,
+                content => self.read_content(content, 0, now)?,
+            }
+            at = at + run.len;
+            buf = rest;
+        }
+        Ok(())
+    }
+
+    /// Whether `range` of the active disk is known to read as zero without reading it; behind the end it is.
+    pub(super) fn is_zero(&self, below: &dyn Below, range: GuestRange) -> Result<bool> {
+        let end = range.end().get().min(self.size());
+        let mut at = range.start;
+        while at.get() < end {
+            let run = self.map(Tree::Active, GuestRange::new(at, end - at.get()))?;
+            let zero = match run.content {
+                Content::Zero { .. } => true,
+                Content::Unallocated => below.is_zero(GuestRange::new(at, run.len))?,
+                Content::Data(_) | Content::Compressed { .. } => false,
+            };
+            if !zero {
+                return Ok(false);
+            }
+            at = at + run.len;
+        }
+        Ok(true)
+    }
+}

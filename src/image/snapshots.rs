@@ -1,0 +1,284 @@
+//! Internal snapshots: the table, their trees, and making a new one.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use super::Image;
+use super::allocate::Clusters;
+use super::layout::Owner;
+use super::metadata::{Metadata, host_clusters};
+use super::pages::Kind;
+use super::table::Table;
+use crate::error::{Doing, Error, Result};
+use crate::qcow2::{
+    Header, L1Entry, L2Entry, MAX_L1_BYTES, MAX_SNAPSHOT_TABLE_BYTES, MAX_SNAPSHOTS,
+    SNAPSHOT_FIXED_LEN, Snapshot, SnapshotLengths, be_u64, offsets,
+};
+use crate::store::Store;
+use crate::units::HostOffset;
+
+/// An internal snapshot of an open image.
+///
+/// While it exists its content can't change: whoever writes to the image leaves its clusters alone.
+pub struct SnapshotTree {
+    entry: Snapshot,
+    size: u64,
+    cluster_size: u64,
+    l1: OnceLock<Vec<u64>>,
+}
+
+impl SnapshotTree {
+    fn new(entry: Snapshot, header: &Header) -> Self {
+        let size = entry.disk_size.unwrap_or(header.size) & !511;
+        let cluster_size = header.geometry.cluster_size();
+        Self { entry, size, cluster_size, l1: OnceLock::new() }
+    }
+
+    /// What the snapshot table says of it.
+    pub fn entry(&self) -> &Snapshot {
+        &self.entry
+    }
+
+    /// Size of the disk in bytes at the time of the snapshot.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// The L1 table, read at first use.
+    pub(super) fn l1(&self, store: &dyn Store) -> Result<&[u64]> {
+        if let Some(l1) = self.l1.get() {
+            return Ok(l1);
+        }
+        let Snapshot { l1_offset, l1_entries, .. } = self.entry;
+        if u64::from(l1_entries) * 8 > MAX_L1_BYTES {
+            return Err(Error::invalid("snapshot's l1_size", "the L1 table is above 32 MiB"));
+        }
+        if !l1_offset.is_aligned(self.cluster_size) {
+            return Err(Error::invalid("snapshot's l1_table_offset", "it is not cluster-aligned"));
+        }
+        let table = Table::read(store, l1_offset, l1_entries as usize)?;
+        Ok(self.l1.get_or_init(|| table.entries().to_vec()))
+    }
+}
+
+/// The snapshot table of an image: the bytes as they are, so that rewriting it keeps what is not understood.
+pub(super) struct SnapshotTable {
+    pub trees: Vec<Arc<SnapshotTree>>,
+    pub bytes: Vec<u8>,
+}
+
+impl SnapshotTable {
+    /// Reads the table that `header` names.
+    pub fn read(store: &dyn Store, header: &Header) -> Result<Self> {
+        let file_len = store.len().doing("find out its length")?;
+        let mut table = Self { trees: Vec::new(), bytes: Vec::new() };
+        for _ in 0..header.snapshot_count {
+            let at = header.snapshots_offset.checked_add(table.bytes.len() as u64);
+            let at = at.filter(|at| at.get() < file_len).ok_or_else(|| {
+                Error::invalid("snapshot table", "it lies behind the end of the file")
+            })?;
+            let mut fixed = [0; SNAPSHOT_FIXED_LEN];
+            store.read_at(&mut fixed, at).doing("read its snapshot table")?;
+            let lengths = SnapshotLengths::parse(&fixed);
+            if (table.bytes.len() + lengths.entry()) as u64 > MAX_SNAPSHOT_TABLE_BYTES {
+                return Err(Error::invalid("snapshot table", "it is longer than 64 MiB"));
+            }
+            let mut variable = vec![0; lengths.variable()];
+            let behind = at + SNAPSHOT_FIXED_LEN as u64;
+            store.read_at(&mut variable, behind).doing("read its snapshot table")?;
+            let entry = Snapshot::parse(&fixed, &variable)?;
+            table.bytes.extend(fixed);
+            table.bytes.extend(variable);
+            table.bytes.resize(table.bytes.len().next_multiple_of(8), 0);
+            table.trees.push(Arc::new(SnapshotTree::new(entry, header)));
+        }
+        Ok(table)
+    }
+}
+
+impl Image {
+    /// Makes an internal snapshot of the disk as it is now, named `name`.
+    ///
+    /// Waits for all reads and writes of the active disk, and holds new ones off until it is durable.
+    ///
+    /// # Errors
+    /// An empty or overlong name or one that is taken, too many snapshots, refcounts too narrow to share clusters.
+    pub fn create_snapshot(&self, name: &str) -> Result<Arc<SnapshotTree>> {
+        let _disk = self.claim_disk();
+        self.begin_change()?;
+        self.check_new_name(name)?;
+        // Nothing may wait to be freed: the snapshot is going to share what the tables name, not what they named.
+        self.flush_all()?;
+
+        let old = SnapshotTable::read(&*self.store, &self.header())?;
+        let l1_bytes = {
+            let metadata = self.metadata();
+            metadata.l1.entries().iter().flat_map(|entry| entry.to_be_bytes()).collect::<Vec<u8>>()
+        };
+        let l1_place = self.allocate_contiguous(self.geometry.clusters(l1_bytes.len() as u64))?;
+        let entry = self.new_entry(name, l1_place.start, (l1_bytes.len() / 8) as u32);
+        let mut table_bytes = old.bytes.clone();
+        entry.write(&mut table_bytes);
+        let table_len = table_bytes.len() as u64;
+        let table_place = match self.allocate_contiguous(self.geometry.clusters(table_len)) {
+            Ok(place) => place,
+            Err(error) => {
+                self.take_back(l1_place)?;
+                return Err(error);
+            }
+        };
+        if let Err(error) = self.share_active_tree() {
+            self.take_back(l1_place)?;
+            self.take_back(table_place)?;
+            return Err(error);
+        }
+        self.write_table(l1_place, Owner::SnapshotL1, l1_bytes)?;
+        self.write_table(table_place, Owner::SnapshotTable, table_bytes)?;
+        // Refcounts first, then the tables that are no longer ours alone: the order of every flush.
+        self.flush()?;
+        self.publish_table(table_place, table_len, &old)?;
+        let tree = Arc::new(SnapshotTree::new(entry, &self.header()));
+        let mut snapshots = self.snapshots.write().unwrap_or_else(PoisonError::into_inner);
+        snapshots.push(tree.clone());
+        Ok(tree)
+    }
+
+    fn check_new_name(&self, name: &str) -> Result<()> {
+        let snapshots = self.snapshots();
+        if name.is_empty() || name.len() > 255 {
+            return Err(Error::usage("a snapshot's name has between 1 and 255 bytes"));
+        }
+        let taken = |tree: &Arc<SnapshotTree>| tree.entry.name == name || tree.entry.id == name;
+        if snapshots.iter().any(taken) {
+            return Err(Error::usage(format!("there is a snapshot \"{name}\" already")));
+        }
+        if snapshots.len() >= MAX_SNAPSHOTS as usize {
+            return Err(Error::usage("an image has at most 65536 snapshots"));
+        }
+        Ok(())
+    }
+
+    fn new_entry(&self, name: &str, l1_offset: HostOffset, l1_entries: u32) -> Snapshot {
+        let numbers = self.snapshots();
+        let last = numbers.iter().filter_map(|tree| tree.entry.id.parse::<u64>().ok()).max();
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Snapshot {
+            l1_offset,
+            l1_entries,
+            id: (last.unwrap_or(0) + 1).to_string(),
+            name: name.to_owned(),
+            date_seconds: now.as_secs() as u32,
+            date_nanoseconds: now.subsec_nanos(),
+            vm_clock_nanoseconds: 0,
+            vm_state_size: 0,
+            disk_size: Some(self.size()),
+            icount: None,
+        }
+    }
+
+    /// Writes a new table to clusters that nothing names yet.
+    fn write_table(&self, place: Clusters, owner: Owner, bytes: Vec<u8>) -> Result<()> {
+        let mut metadata = self.metadata();
+        let (allocator, _) = metadata.writer()?;
+        allocator.layout.claim(place.start, bytes.len() as u64, owner)?;
+        allocator.layout.check(owner, place.start, bytes)?.perform(&*self.store)?;
+        self.unsynced.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Counts one more reference for all that the active tables name, and marks it as not ours alone.
+    fn share_active_tree(&self) -> Result<()> {
+        let store = &*self.store;
+        let mut metadata = self.metadata();
+        let mut references = metadata.active_references(store)?;
+        references.sort_unstable();
+        let (allocator, pages) = metadata.writer()?;
+        allocator.reference_all(pages, store, &references)?;
+        metadata.clear_copied(store)
+    }
+
+    /// Lets the header name the new snapshot table, and gives the old one back.
+    fn publish_table(&self, place: Clusters, len: u64, old: &SnapshotTable) -> Result<()> {
+        let mut metadata = self.metadata();
+        let count = metadata.header.snapshot_count + 1;
+        let mut field = count.to_be_bytes().to_vec();
+        field.extend(place.start.get().to_be_bytes());
+        debug_assert!(len > 0);
+        self.write_header_field(&mut metadata, offsets::SNAPSHOTS, field)?;
+        let old_offset = metadata.header.snapshots_offset;
+        metadata.header.snapshot_count = count;
+        metadata.header.snapshots_offset = place.start;
+        let (allocator, _) = metadata.writer()?;
+        let old_len = old.bytes.len() as u64;
+        allocator.layout.release(old_offset, old_len);
+        for at in (0..old_len).step_by(self.geometry.cluster_size() as usize) {
+            allocator.unreference_later(old_offset + at);
+        }
+        Ok(())
+    }
+}
+
+impl Metadata {
+    /// Every reference that the active L1 and L2 tables hold, one mention each.
+    fn active_references(&mut self, store: &dyn Store) -> Result<Vec<HostOffset>> {
+        let mut references = Vec::new();
+        for table in self.active_l2_tables()? {
+            references.push(table);
+            for at in (0..self.geometry.cluster_size()).step_by(self.pages.page_size() as usize) {
+                let bytes = self.pages.load(store, table + at)?;
+                for raw in bytes.chunks_exact(8) {
+                    let entry = L2Entry::decode(be_u64(raw, 0), self.geometry, self.zero_flag)?;
+                    references.extend(host_clusters(entry, self.geometry));
+                }
+            }
+        }
+        Ok(references)
+    }
+
+    /// Clears every COPIED flag of the active tables.
+    fn clear_copied(&mut self, store: &dyn Store) -> Result<()> {
+        for table in self.active_l2_tables()? {
+            for at in (0..self.geometry.cluster_size()).step_by(self.pages.page_size() as usize) {
+                let old = self.pages.load(store, table + at)?;
+                let mut new = Vec::with_capacity(old.len());
+                for raw in old.chunks_exact(8) {
+                    let entry = L2Entry::decode(be_u64(raw, 0), self.geometry, self.zero_flag)?;
+                    new.extend(entry.shared().encode(self.geometry).to_be_bytes());
+                }
+                if new[..] != old[..] {
+                    self.pages.replace(table + at, new.into(), Kind::L2);
+                }
+            }
+        }
+        for index in 0..self.l1.entries().len() {
+            if let L1Entry::Table { host, copied: true } =
+                L1Entry::decode(self.l1.get(index), self.geometry)?
+            {
+                self.l1.set(index, L1Entry::Table { host, copied: false }.encode());
+            }
+        }
+        Ok(())
+    }
+
+    fn active_l2_tables(&self) -> Result<Vec<HostOffset>> {
+        let mut tables = Vec::new();
+        for &entry in self.l1.entries() {
+            if let L1Entry::Table { host, .. } = L1Entry::decode(entry, self.geometry)? {
+                tables.push(host);
+            }
+        }
+        Ok(tables)
+    }
+}
+
+impl L2Entry {
+    /// The entry once somebody else refers to its cluster, too.
+    fn shared(self) -> Self {
+        match self {
+            Self::Data { host, .. } => Self::Data { host, copied: false },
+            Self::Zero { host: Some((host, _)) } => Self::Zero { host: Some((host, false)) },
+            other => other,
+        }
+    }
+}

@@ -1,0 +1,87 @@
+//! Stores that fail: what fails is told, what was there stays.
+
+use super::*;
+use crate::store::fault::FaultStore;
+use checker::check;
+
+const SHAPE: Shape = Shape {
+    version: Version::V3,
+    cluster_bits: 9,
+    refcount_order: 4,
+    size: 120 << 10,
+    backing_len: 90_000,
+};
+
+fn changes(seed: u64) -> Vec<Change> {
+    let mut random = Random(seed);
+    (0..12).map(|_| Change::random(&mut random, SHAPE.size)).collect()
+}
+
+/// Each byte of `found` must be that of one of the `allowed` disks.
+fn assert_one_of(found: &[u8], allowed: &[Vec<u8>], context: &str) {
+    for at in 0..found.len() {
+        assert!(
+            allowed.iter().any(|disk| disk[at] == found[at]),
+            "{context}: byte {at} is {:#x}, which it never was",
+            found[at]
+        );
+    }
+}
+
+#[test]
+fn every_operation_may_fail_once_and_at_most_clusters_leak() {
+    for seed in 0..4 {
+        let (below, changes) = (SHAPE.below(), changes(seed));
+        let total = {
+            let store = Arc::new(FaultStore::new(SHAPE.create()));
+            let image = open(store.clone()).unwrap();
+            changes.iter().for_each(|one| one.apply_to_image(&image, &*below).unwrap());
+            image.flush_all().unwrap();
+            store.changes()
+        };
+        for failing in 0..total {
+            let context = format!("seed {seed}, failing operation {failing}");
+            let store = Arc::new(FaultStore::new(SHAPE.create()));
+            store.fail(failing..failing + 1);
+            let image = open(store.clone()).unwrap();
+            let mut possible = vec![SHAPE.empty_disk()];
+            for change in &changes {
+                let done = change.apply_to_image(&image, &*below);
+                let newest = possible[possible.len() - 1].clone();
+                let mut next = newest;
+                change.apply_to_model(&mut next);
+                match done {
+                    // What was told to be done is there; what failed may be there in part.
+                    Ok(()) => possible.iter_mut().for_each(|disk| change.apply_to_model(disk)),
+                    Err(_) => possible.push(next),
+                }
+            }
+            assert_one_of(&read_all(&image, &*below), &possible, &context);
+            let closed = image.flush_all();
+            drop(image);
+            let bytes = store.after_power_cut(crate::store::fault::Survivors::All);
+            assert_eq!(check(&bytes).corruptions, Vec::<String>::new(), "{context}");
+            if closed.is_ok() {
+                let image = Image::open(Arc::new(MemoryStore::new(bytes)), Writability::ReadOnly);
+                let image = image.unwrap();
+                assert_one_of(&read_all(&image, &*below), &possible, &context);
+            }
+        }
+    }
+}
+
+#[test]
+fn after_a_failed_sync_the_image_takes_no_more_writes_and_still_reads() {
+    let store = Arc::new(FaultStore::new(SHAPE.create()));
+    let image = open(store.clone()).unwrap();
+    let below = SHAPE.below();
+    image.write(&*below, GuestOffset::new(1000), &[9; 5000]).unwrap();
+    let next = store.changes();
+    store.fail(next..next + 1);
+    assert!(image.flush().is_err());
+    assert!(image.write(&*below, GuestOffset::ZERO, &[1; 10]).is_err());
+    assert!(image.flush().is_err(), "a second flush must not claim success");
+    let mut buf = [0; 5000];
+    image.read_active(&*below, GuestOffset::new(1000), &mut buf).unwrap();
+    assert_eq!(buf, [9; 5000]);
+}

@@ -1,0 +1,9 @@
+#![doc = "qchainfs"]
+pub mod chain;
+pub mod cli;
+pub mod error;
+pub mod image;
+pub mod mount;
+pub mod qcow2;
+pub mod store;
+pub mod units;

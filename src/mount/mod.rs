@@ -1,0 +1,23 @@
+//! The FUSE face: views as files. Only this floor names `fuser`, and in it only `fuse` and `session` do.
+//!
+//! `tree` is the file system without FUSE: names, inodes, reads and writes, testable by itself. `fuse` translates
+//! between it and the kernel's requests. `attach` puts the connection onto a mountpoint, `session` runs it.
+
+mod attach;
+mod documents;
+mod fuse;
+mod in_use;
+mod inode;
+mod names;
+mod partitions;
+mod session;
+mod tree;
+mod view_files;
+
+pub use attach::{Audience, Detach, MountEntry, MountFlag, detach, mounted_type, our_mounts};
+pub use inode::Inode;
+pub use session::{MountOptions, Session, Stop};
+pub use tree::{
+    Attributes, Caching, DiscardMode, Entry, Growth, Handle, Kind, Lifetime, OpenFor, Ownership,
+    Statistics, Tree, TreeOptions,
+};

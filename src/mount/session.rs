@@ -1,0 +1,172 @@
+//! A mount from its beginning to its end.
+
+use std::fs::OpenOptions;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use fuser::{Config, SessionACL};
+
+use super::attach::{AttachOptions, Audience, Detach, MountFlag, attach, detach};
+use super::fuse::Fuse;
+use super::tree::{Tree, TreeOptions};
+use crate::chain::{Chain, View};
+use crate::error::{At, Doing, Error, Problem, Result};
+use crate::image::Writability;
+
+/// What was written is made durable after this time, even if nobody asks.
+const WRITE_BACK_EVERY: Duration = Duration::from_secs(2);
+
+/// How to mount.
+#[derive(Debug, Clone)]
+pub struct MountOptions {
+    /// Where; absolute.
+    pub mountpoint: PathBuf,
+    /// How the files look.
+    pub tree: TreeOptions,
+    /// Who may look inside.
+    pub audience: Audience,
+    /// Flags for the kernel.
+    pub flags: Vec<MountFlag>,
+    /// Threads that answer requests, at least 1.
+    pub threads: usize,
+}
+
+/// A mount that answers.
+pub struct Session {
+    fuse: fuser::Session<Fuse>,
+    chain: Arc<Chain>,
+    mountpoint: PathBuf,
+}
+
+/// Ends a session from another thread.
+#[derive(Clone)]
+pub struct Stop {
+    chain: Arc<Chain>,
+    mountpoint: PathBuf,
+    requests: Arc<AtomicU32>,
+}
+
+impl Session {
+    /// Mounts the tree with `root` at its root. When this returns, the mount answers as soon as [`Session::run`] is called.
+    ///
+    /// # Errors
+    /// A mountpoint that can't be used, or no FUSE.
+    pub fn mount(root: View, options: &MountOptions) -> Result<Self> {
+        let chain = root.chain().clone();
+        let writability =
+            if root.is_writable() { Writability::Writable } else { Writability::ReadOnly };
+        let tree = Tree::new(root, options.tree.clone())?;
+        if options.mountpoint.metadata().is_ok_and(|place| !place.is_dir()) {
+            let reason = "it is not a directory".to_owned();
+            return Err(Error::new(Problem::Mountpoint { reason }).at(&options.mountpoint));
+        }
+        let connection = attach(
+            &options.mountpoint,
+            &AttachOptions {
+                source: options.tree.image.clone(),
+                writability,
+                audience: options.audience,
+                flags: options.flags.clone(),
+            },
+        )?;
+        let mut config = Config::default();
+        config.n_threads = Some(options.threads);
+        config.clone_fd = may_clone();
+        // The kernel itself keeps out whom it should; a loop device's requests come from root.
+        let fuse =
+            fuser::Session::from_fd(Fuse::new(Arc::new(tree)), connection, SessionACL::All, config);
+        match fuse.doing("talk to the kernel's FUSE").at(&options.mountpoint) {
+            Ok(fuse) => Ok(Self { fuse, chain, mountpoint: options.mountpoint.clone() }),
+            Err(error) => {
+                // Nobody will answer there: a mount left behind would hang whoever touches it.
+                if let Err(left) = detach(&options.mountpoint, Detach::Now) {
+                    log::error!("{left}");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// A way to end the session.
+    pub fn stop(&self) -> Stop {
+        Stop {
+            chain: self.chain.clone(),
+            mountpoint: self.mountpoint.clone(),
+            requests: Arc::default(),
+        }
+    }
+
+    /// Answers requests until the mount is gone, then closes the chain cleanly.
+    ///
+    /// # Errors
+    /// A connection that breaks; changes that could not be made durable.
+    pub fn run(self) -> Result<()> {
+        let write_back = WriteBack::start(self.chain.clone())?;
+        let served = self.fuse.run().doing("answer the kernel's FUSE").at(&self.mountpoint);
+        write_back.finish();
+        let closed = self.chain.close();
+        served.and(closed)
+    }
+}
+
+impl Stop {
+    /// Makes all that was written durable and unmounts. While somebody still uses the mount, it goes on for him alone;
+    /// a second request ends it for him, too.
+    pub fn request(&self) {
+        let before = self.requests.fetch_add(1, Ordering::AcqRel);
+        if let Err(error) = self.chain.flush() {
+            log::error!("{error}");
+        }
+        if before > 0 {
+            log::warn!("ending though the mount is in use");
+            std::process::exit(1);
+        }
+        let detached = match detach(&self.mountpoint, Detach::WhenIdle) {
+            Err(error) => {
+                log::warn!("{error}: it ends when the last of them is done");
+                detach(&self.mountpoint, Detach::Now)
+            }
+            done => done,
+        };
+        if let Err(error) = detached {
+            log::error!("{error}");
+        }
+    }
+}
+
+/// A thread that flushes every now and then.
+struct WriteBack {
+    finish: Sender<()>,
+    thread: JoinHandle<()>,
+}
+
+impl WriteBack {
+    fn start(chain: Arc<Chain>) -> Result<Self> {
+        let (finish, finished) = mpsc::channel();
+        let work = move || {
+            while finished.recv_timeout(WRITE_BACK_EVERY) == Err(RecvTimeoutError::Timeout) {
+                if let Err(error) = chain.flush() {
+                    log::debug!("write-back: {error}");
+                }
+            }
+        };
+        let thread = thread::Builder::new().name("write-back".into()).spawn(work);
+        Ok(Self { finish, thread: thread.doing("start a thread")? })
+    }
+
+    fn finish(self) {
+        drop(self.finish);
+        if self.thread.join().is_err() {
+            log::error!("the write-back thread ran into a bug");
+        }
+    }
+}
+
+/// Whether each thread can have a connection of its own to the kernel's queue: that takes access to the device.
+fn may_clone() -> bool {
+    OpenOptions::new().read(true).write(true).open(Path::new("/dev/fuse")).is_ok()
+}

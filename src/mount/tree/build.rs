@@ -1,0 +1,228 @@
+//! From a chain to directories.
+
+use std::collections::{BTreeMap, HashMap};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, RwLock};
+
+use super::handles::Handles;
+use super::{Directory, Document, Node, Partitions, Tree, TreeOptions, What, Window};
+use crate::chain::{Chain, View};
+use crate::error::{Error, Result};
+use crate::mount::inode::Inode;
+use crate::mount::names::{file_name, insert_unique};
+use crate::mount::view_files::ViewFiles;
+
+impl Tree {
+    /// The tree whose root shows `root`, a view of member 0 of its chain.
+    ///
+    /// # Errors
+    /// A view of another member.
+    pub fn new(root: View, options: TreeOptions) -> Result<Self> {
+        if root.member() != 0 {
+            return Err(Error::usage("the root of a tree is a view of member 0"));
+        }
+        let chain = root.chain().clone();
+        let mut builder = Builder {
+            chain: chain.clone(),
+            first_member: options.first_member,
+            views: Vec::new(),
+            nodes: HashMap::new(),
+        };
+        builder.root(root)?;
+        Ok(Self {
+            chain,
+            options,
+            views: builder.views,
+            nodes: builder.nodes,
+            partitions: RwLock::new(HashMap::new()),
+            handles: Handles::default(),
+            writes: AtomicU64::new(0),
+        })
+    }
+}
+
+struct Builder {
+    chain: Arc<Chain>,
+    /// What member 0 of the chain is called in addresses.
+    first_member: usize,
+    views: Vec<ViewFiles>,
+    nodes: HashMap<Inode, Node>,
+}
+
+impl Builder {
+    fn root(&mut self, view: View) -> Result<()> {
+        let active = self.add_view(view);
+        let mut root = self.view_directory(active, Inode::ROOT);
+        let snapshots = self.snapshots_directory(0, active, Inode::ROOT)?;
+        root.children.insert("snapshots".into(), snapshots);
+        root.children.insert("chain".into(), self.chain_directory(active)?);
+        root.hidden.insert(".qchainfs".into(), self.hidden_directory(active));
+        let what = What::Directory(root);
+        let node = Node { inode: Inode::ROOT, parent: Inode::ROOT, view: active, what };
+        self.nodes.insert(Inode::ROOT, node);
+        Ok(())
+    }
+
+    fn chain_directory(&mut self, active: usize) -> Result<Inode> {
+        let inode = self.reserve(&[b"chain"]);
+        let mut children = BTreeMap::new();
+        children.insert("0".to_owned(), self.links_to_root(active, inode));
+        for index in 1..self.chain.members().len() {
+            let view = self.add_view(self.chain.view(index)?);
+            let member = self.reserve(&[&self.member_identity(index), b"directory"]);
+            let mut directory = self.view_directory(view, member);
+            let snapshots = self.snapshots_directory(index, view, member)?;
+            directory.children.insert("snapshots".into(), snapshots);
+            self.put(member, inode, view, What::Directory(directory));
+            children.insert(index.to_string(), member);
+        }
+        children.insert("by-name".to_owned(), self.by_name_directory(active, inode));
+        let directory = Directory { children, ..Directory::default() };
+        self.put(inode, Inode::ROOT, active, What::Directory(directory));
+        Ok(inode)
+    }
+
+    /// `chain/0`: links, so that no byte has two inodes and no directory contains itself.
+    fn links_to_root(&mut self, active: usize, parent: Inode) -> Inode {
+        let inode = self.reserve(&[b"chain", b"0"]);
+        let mut children = BTreeMap::new();
+        for name in ["disk.raw", "info.json", "snapshots"] {
+            let target = Path::new("../..").join(name);
+            let link = self.link(&[b"chain", b"0", name.as_bytes()], inode, active, target);
+            children.insert(name.to_owned(), link);
+        }
+        let directory =
+            Directory { children, partitions: Partitions::Links, ..Directory::default() };
+        self.put(inode, parent, active, What::Directory(directory));
+        inode
+    }
+
+    fn by_name_directory(&mut self, active: usize, parent: Inode) -> Inode {
+        let inode = self.reserve(&[b"chain", b"by-name"]);
+        let mut children = BTreeMap::new();
+        for index in 0..self.chain.members().len() {
+            let path = self.chain.members()[index].path().to_path_buf();
+            let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
+            let identity = [self.member_identity(index), b"link".to_vec()];
+            let target = Path::new("..").join(index.to_string());
+            let link = self.link(&[&identity[0], &identity[1]], inode, active, target);
+            insert_unique(&mut children, file_name(&name), &index.to_string(), link);
+        }
+        let directory = Directory { children, ..Directory::default() };
+        self.put(inode, parent, active, What::Directory(directory));
+        inode
+    }
+
+    fn hidden_directory(&mut self, active: usize) -> Inode {
+        let inode = self.reserve(&[b".qchainfs"]);
+        let mut children = BTreeMap::new();
+        for (name, document) in [
+            ("chain.json", Document::Chain),
+            ("daemon.json", Document::Daemon),
+            ("version", Document::Version),
+        ] {
+            let file = self.reserve(&[b".qchainfs", name.as_bytes()]);
+            self.put(file, inode, active, What::Document(document));
+            children.insert(name.to_owned(), file);
+        }
+        let directory = Directory { children, ..Directory::default() };
+        self.put(inode, Inode::ROOT, active, What::Directory(directory));
+        inode
+    }
+
+    fn snapshots_directory(&mut self, index: usize, view: usize, parent: Inode) -> Result<Inode> {
+        let inode = self.reserve(&[&self.member_identity(index), b"snapshots"]);
+        let mut children = BTreeMap::new();
+        let snapshots = self.chain.members()[index].image().map(|image| image.snapshots());
+        for snapshot in snapshots.unwrap_or_default() {
+            let entry = snapshot.entry().clone();
+            let view = self.add_view(self.chain.snapshot_view(index, snapshot)?);
+            let directory = self.reserve(&[&self.view_identity(view), b"directory"]);
+            let files = self.view_directory(view, directory);
+            self.put(directory, inode, view, What::Directory(files));
+            insert_unique(&mut children, file_name(&entry.name), &entry.id, directory);
+        }
+        let directory = Directory { children, ..Directory::default() };
+        self.put(inode, parent, view, What::Directory(directory));
+        Ok(inode)
+    }
+
+    /// The files that every view has; `inode` is the directory they are in.
+    fn view_directory(&mut self, view: usize, inode: Inode) -> Directory {
+        let identity = self.view_identity(view);
+        let disk = self.reserve(&[&identity, b"disk.raw"]);
+        self.put(disk, inode, view, What::Disk(Window::Whole));
+        let info = self.reserve(&[&identity, b"info.json"]);
+        self.put(info, inode, view, What::Document(Document::ViewInfo));
+        let children =
+            BTreeMap::from([("disk.raw".to_owned(), disk), ("info.json".to_owned(), info)]);
+        Directory { children, partitions: Partitions::Files, ..Directory::default() }
+    }
+
+    fn link(&mut self, identity: &[&[u8]], parent: Inode, view: usize, target: PathBuf) -> Inode {
+        let inode = self.reserve(identity);
+        self.put(inode, parent, view, What::Link(target));
+        inode
+    }
+
+    fn add_view(&mut self, view: View) -> usize {
+        let member = match self.first_member + view.member() {
+            0 => String::new(),
+            index => format!("[{index}]"),
+        };
+        let address = match view.snapshot() {
+            None => member,
+            Some(snapshot) => format!("{member}@{}", snapshot.entry().name),
+        };
+        self.views.push(ViewFiles::new(view, address));
+        self.views.len() - 1
+    }
+
+    /// A free inode number for `identity`, taken until [`Self::put`] fills it.
+    fn reserve(&mut self, identity: &[&[u8]]) -> Inode {
+        let mut inode = Inode::of(identity);
+        while self.nodes.contains_key(&inode) {
+            inode = inode.next();
+        }
+        let what = What::Directory(Directory::default());
+        self.nodes.insert(inode, Node { inode, parent: Inode::ROOT, view: 0, what });
+        inode
+    }
+
+    fn put(&mut self, inode: Inode, parent: Inode, view: usize, what: What) {
+        self.nodes.insert(inode, Node { inode, parent, view, what });
+    }
+
+    fn member_identity(&self, index: usize) -> Vec<u8> {
+        member_identity(&self.chain, index)
+    }
+
+    fn view_identity(&self, view: usize) -> Vec<u8> {
+        view_identity(&self.views[view].view)
+    }
+}
+
+/// What makes a member the same from mount to mount: its file, whatever its place in the chain.
+///
+/// Not the device number: that can change with every boot.
+fn member_identity(chain: &Chain, index: usize) -> Vec<u8> {
+    let member = &chain.members()[index];
+    let mut identity = member.store().id().inode.to_be_bytes().to_vec();
+    identity.extend(member.path().file_name().unwrap_or_default().as_bytes());
+    identity
+}
+
+/// What makes a view the same from mount to mount.
+pub(super) fn view_identity(view: &View) -> Vec<u8> {
+    let mut identity = member_identity(view.chain(), view.member());
+    if let Some(snapshot) = view.snapshot() {
+        let entry = snapshot.entry();
+        identity.push(0);
+        identity.extend(entry.id.as_bytes());
+        identity.push(0);
+        identity.extend(entry.name.as_bytes());
+    }
+    identity
+}

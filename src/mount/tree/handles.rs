@@ -1,0 +1,218 @@
+//! Open files: reads, writes, holes.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+
+use super::{Attributes, DiscardMode, Growth, Tree, What, Window};
+use crate::chain::View;
+use crate::error::{Error, Problem, Result};
+use crate::image::ZeroMode;
+use crate::mount::inode::Inode;
+use crate::units::GuestRange;
+
+/// The number of an open file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Handle(pub u64);
+
+/// What a file is opened for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OpenFor {
+    /// Reading only.
+    Reading,
+    /// Writing, or both.
+    Writing,
+}
+
+/// What the kernel may keep of a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Caching {
+    /// Everything: the bytes never change.
+    Everything,
+    /// Nothing: the same bytes can be written through another file.
+    Nothing,
+}
+
+/// The open files of a tree.
+#[derive(Default)]
+pub(super) struct Handles {
+    next: AtomicU64,
+    open: RwLock<HashMap<u64, Arc<Open>>>,
+}
+
+enum Open {
+    Disk { view: View, window: Window },
+    Document(Vec<u8>),
+}
+
+impl Handles {
+    fn add(&self, open: Open) -> Handle {
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        let mut files = self.open.write().unwrap_or_else(PoisonError::into_inner);
+        files.insert(number, Arc::new(open));
+        Handle(number)
+    }
+
+    fn get(&self, handle: Handle) -> Result<Arc<Open>> {
+        let files = self.open.read().unwrap_or_else(PoisonError::into_inner);
+        files.get(&handle.0).cloned().ok_or_else(|| Error::usage("no such open file"))
+    }
+
+    fn disk(&self, handle: Handle) -> Result<(View, GuestRange)> {
+        match &*self.get(handle)? {
+            Open::Disk { view, window: Window::Whole } => Ok((view.clone(), view.range())),
+            Open::Disk { view, window: Window::Part(range) } => Ok((view.clone(), *range)),
+            Open::Document(_) => Err(Error::new(Problem::ReadOnly)),
+        }
+    }
+}
+
+impl Tree {
+    /// Opens a file.
+    ///
+    /// # Errors
+    /// [`Problem::ReadOnly`] for a write open of anything but the active disk of a writable mount.
+    pub fn open(&self, inode: Inode, purpose: OpenFor) -> Result<(Handle, Caching)> {
+        let node = self.node(inode)?;
+        let view = &self.views[node.view].view;
+        let (open, caching) = match node.what {
+            What::Disk(window) if view.is_writable() => {
+                (Open::Disk { view: view.clone(), window }, Caching::Nothing)
+            }
+            What::Disk(window) => (Open::Disk { view: view.clone(), window }, Caching::Everything),
+            What::Document(document) => {
+                (Open::Document(self.content(document, node.view)?), Caching::Nothing)
+            }
+            What::Directory(_) | What::Link(_) => return Err(Error::usage("not a file")),
+        };
+        let writable = matches!(open, Open::Disk { .. }) && view.is_writable();
+        if purpose == OpenFor::Writing && !writable {
+            return Err(Error::new(Problem::ReadOnly));
+        }
+        Ok((self.handles.add(open), caching))
+    }
+
+    /// Closes a file.
+    pub fn close(&self, handle: Handle) {
+        let mut files = self.handles.open.write().unwrap_or_else(PoisonError::into_inner);
+        files.remove(&handle.0);
+    }
+
+    /// Reads up to `buf.len()` bytes from `offset` on; fewer only at the end of the file.
+    ///
+    /// # Errors
+    /// As [`View::read`].
+    pub fn read(&self, handle: Handle, offset: u64, buf: &mut [u8]) -> Result<usize> {
+        match &*self.handles.get(handle)? {
+            Open::Document(content) => {
+                let rest = content.get(offset as usize..).unwrap_or_default();
+                let len = rest.len().min(buf.len());
+                buf[..len].copy_from_slice(&rest[..len]);
+                Ok(len)
+            }
+            Open::Disk { view, window } => {
+                let range = match window {
+                    Window::Whole => view.range(),
+                    Window::Part(range) => *range,
+                };
+                let len = range.len.saturating_sub(offset).min(buf.len() as u64) as usize;
+                if len > 0 {
+                    view.read(range.start + offset, &mut buf[..len])?;
+                }
+                Ok(len)
+            }
+        }
+    }
+
+    /// Writes `data` at `offset`, as much of it as there is room for.
+    ///
+    /// # Errors
+    /// [`Problem::OutOfRange`] if there is no room at all; as [`View::write`].
+    pub fn write(&self, handle: Handle, offset: u64, data: &[u8]) -> Result<usize> {
+        let (view, range) = self.handles.disk(handle)?;
+        let len = range.len.saturating_sub(offset).min(data.len() as u64) as usize;
+        if len == 0 && !data.is_empty() {
+            let len = data.len() as u64;
+            return Err(Error::new(Problem::OutOfRange { offset, len, size: range.len }));
+        }
+        let written = view.write(range.start + offset, &data[..len]);
+        self.writes.fetch_add(1, Ordering::AcqRel);
+        written.map(|()| len)
+    }
+
+    /// Makes a range read as zero and gives its space back, as far as the mount's options say.
+    ///
+    /// # Errors
+    /// As [`View::zero`].
+    pub fn discard(&self, handle: Handle, offset: u64, len: u64) -> Result<()> {
+        let mode = match self.options.discard {
+            DiscardMode::Unmap => ZeroMode::Unmap,
+            DiscardMode::Ignore => ZeroMode::Keep,
+        };
+        self.make_zero(handle, offset, len, mode)
+    }
+
+    /// Makes a range read as zero and keeps its space.
+    ///
+    /// # Errors
+    /// As [`View::zero`].
+    pub fn zero(&self, handle: Handle, offset: u64, len: u64) -> Result<()> {
+        self.make_zero(handle, offset, len, ZeroMode::Keep)
+    }
+
+    fn make_zero(&self, handle: Handle, offset: u64, len: u64, mode: ZeroMode) -> Result<()> {
+        let (view, range) = self.handles.disk(handle)?;
+        let len = range.len.saturating_sub(offset).min(len);
+        let zeroed = view.zero(GuestRange::new(range.start + offset.min(range.len), len), mode);
+        self.writes.fetch_add(1, Ordering::AcqRel);
+        zeroed
+    }
+
+    /// The first byte at or behind `offset` that may not be zero (`SEEK_DATA`).
+    ///
+    /// # Errors
+    /// `None` if there is none; failing reads of tables.
+    pub fn seek_data(&self, handle: Handle, offset: u64) -> Result<Option<u64>> {
+        let Some((view, range)) = self.seekable(handle, offset)? else { return Ok(None) };
+        let found = view.next_data(range.start + offset)?;
+        let inside = found.filter(|&found| found < range.end());
+        Ok(inside.map(|found| found - range.start))
+    }
+
+    /// The first byte at or behind `offset` that is in a hole (`SEEK_HOLE`); the end of the file is one.
+    ///
+    /// # Errors
+    /// `None` behind the end; failing reads of tables.
+    pub fn seek_hole(&self, handle: Handle, offset: u64) -> Result<Option<u64>> {
+        let Some((view, range)) = self.seekable(handle, offset)? else { return Ok(None) };
+        let found = view.next_hole(range.start + offset)?;
+        Ok(Some(found.min(range.end()) - range.start))
+    }
+
+    /// The disk behind `handle` if `offset` is inside it. Documents have no holes and no need of them.
+    fn seekable(&self, handle: Handle, offset: u64) -> Result<Option<(View, GuestRange)>> {
+        let (view, range) = self.handles.disk(handle)?;
+        Ok((offset < range.len).then_some((view, range)))
+    }
+
+    /// Changes a file's size, where the mount's options allow that.
+    ///
+    /// # Errors
+    /// [`Problem::SizeIsFixed`]: a disk's size is not for `> disk.raw` to change.
+    pub fn resize(&self, inode: Inode, size: u64) -> Result<Attributes> {
+        let node = self.node(inode)?;
+        let old = self.attributes_of(&node)?;
+        if size == old.size {
+            return Ok(old);
+        }
+        if !self.views[node.view].view.is_writable() {
+            return Err(Error::new(Problem::ReadOnly));
+        }
+        let whole = matches!(node.what, What::Disk(Window::Whole));
+        if self.options.growth == Growth::Fixed || !whole || size < old.size {
+            return Err(Error::new(Problem::SizeIsFixed));
+        }
+        self.views[node.view].view.grow(size)?;
+        self.attributes_of(&node)
+    }
+}

@@ -1,0 +1,137 @@
+//! Names to inodes, inodes to attributes.
+
+use std::ffi::{OsStr, OsString};
+use std::path::{Path, PathBuf};
+use std::sync::PoisonError;
+
+use super::build::view_identity;
+use super::{Attributes, Directory, Kind, Node, Partitions, Tree, What, Window};
+use crate::error::{Error, Problem, Result};
+use crate::mount::inode::Inode;
+use crate::mount::partitions::Partition;
+
+/// A line of a directory listing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// The name.
+    pub name: OsString,
+    /// What it names.
+    pub inode: Inode,
+    /// Its kind.
+    pub kind: Kind,
+}
+
+impl Tree {
+    /// The attributes of `name` in the directory `parent`.
+    ///
+    /// # Errors
+    /// [`Problem::NotFound`]; failing reads where the file's size has to be found out.
+    pub fn lookup(&self, parent: Inode, name: &OsStr) -> Result<Attributes> {
+        let node = self.child(parent, name).ok_or_else(|| Error::new(Problem::NotFound))?;
+        self.attributes_of(&node)
+    }
+
+    /// The attributes of an inode.
+    ///
+    /// # Errors
+    /// As [`Tree::lookup`].
+    pub fn attributes(&self, inode: Inode) -> Result<Attributes> {
+        self.attributes_of(&self.node(inode)?)
+    }
+
+    /// Where a symbolic link leads.
+    ///
+    /// # Errors
+    /// Anything but a link.
+    pub fn link_target(&self, inode: Inode) -> Result<PathBuf> {
+        match self.node(inode)?.what {
+            What::Link(target) => Ok(target),
+            _ => Err(Error::usage("not a symbolic link")),
+        }
+    }
+
+    /// What a directory lists, `.` and `..` included.
+    ///
+    /// # Errors
+    /// Anything but a directory.
+    pub fn list(&self, inode: Inode) -> Result<Vec<Entry>> {
+        let node = self.node(inode)?;
+        let What::Directory(directory) = &node.what else {
+            return Err(Error::usage("not a directory"));
+        };
+        let kind = Kind::Directory;
+        let mut entries = vec![
+            Entry { name: ".".into(), inode, kind },
+            Entry { name: "..".into(), inode: node.parent, kind },
+        ];
+        for (name, &child) in &directory.children {
+            let kind = self.node(child)?.kind();
+            entries.push(Entry { name: name.into(), inode: child, kind });
+        }
+        for partition in self.partitions_in(&node, directory) {
+            let child = self.partition_node(&node, directory, partition);
+            let name = format!("p{}", partition.number).into();
+            entries.push(Entry { name, inode: child.inode, kind: child.kind() });
+        }
+        Ok(entries)
+    }
+
+    pub(super) fn node(&self, inode: Inode) -> Result<Node> {
+        if let Some(node) = self.nodes.get(&inode) {
+            return Ok(node.clone());
+        }
+        let partitions = self.partitions.read().unwrap_or_else(PoisonError::into_inner);
+        partitions.get(&inode).cloned().ok_or_else(|| Error::new(Problem::NotFound))
+    }
+
+    fn child(&self, parent: Inode, name: &OsStr) -> Option<Node> {
+        let node = self.node(parent).ok()?;
+        let What::Directory(directory) = &node.what else { return None };
+        let name = name.to_str()?;
+        if let Some(&inode) = directory.children.get(name).or(directory.hidden.get(name)) {
+            return self.node(inode).ok();
+        }
+        let number: u32 = name.strip_prefix('p')?.parse().ok()?;
+        let mut partitions = self.partitions_in(&node, directory).into_iter();
+        let partition = partitions.find(|partition| partition.number == number)?;
+        // "p01" is not a name of p1.
+        (name == format!("p{number}")).then(|| self.partition_node(&node, directory, partition))
+    }
+
+    fn partitions_in(&self, node: &Node, directory: &Directory) -> Vec<Partition> {
+        match directory.partitions {
+            Partitions::Absent => Vec::new(),
+            Partitions::Files | Partitions::Links => {
+                self.views[node.view].partitions(self.writes(node.view))
+            }
+        }
+    }
+
+    /// The inode of a partition as it is now.
+    fn partition_node(&self, parent: &Node, directory: &Directory, partition: Partition) -> Node {
+        let name = format!("p{}", partition.number);
+        let identity = view_identity(&self.views[parent.view].view);
+        let (label, what): (&[u8], _) = match directory.partitions {
+            Partitions::Links => (b"partition link", What::Link(Path::new("../..").join(&name))),
+            _ => (b"partition", What::Disk(Window::Part(partition.range))),
+        };
+        let mut inode = Inode::of(&[&identity, label, name.as_bytes()]);
+        while self.nodes.contains_key(&inode) {
+            inode = inode.next();
+        }
+        let node = Node { inode, parent: parent.inode, view: parent.view, what };
+        let mut partitions = self.partitions.write().unwrap_or_else(PoisonError::into_inner);
+        partitions.insert(inode, node.clone());
+        node
+    }
+}
+
+impl Node {
+    fn kind(&self) -> Kind {
+        match self.what {
+            What::Directory(_) => Kind::Directory,
+            What::Link(_) => Kind::Link,
+            What::Disk(_) | What::Document(_) => Kind::File,
+        }
+    }
+}

@@ -1,0 +1,250 @@
+//! The file system without FUSE: names, inodes, attributes, and reads and writes of disks.
+
+mod build;
+mod handles;
+mod lookup;
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, RwLock};
+use std::time::SystemTime;
+
+use self::handles::Handles;
+pub use self::handles::{Caching, Handle, OpenFor};
+pub use self::lookup::Entry;
+use super::documents;
+use super::inode::Inode;
+use super::view_files::ViewFiles;
+use crate::chain::Chain;
+use crate::error::Result;
+use crate::units::GuestRange;
+
+/// All that a mount shows.
+pub struct Tree {
+    chain: Arc<Chain>,
+    options: TreeOptions,
+    /// Index 0 is the active layer's.
+    views: Vec<ViewFiles>,
+    nodes: HashMap<Inode, Node>,
+    /// Partitions: they come and go with what is written to the disk.
+    partitions: RwLock<HashMap<Inode, Node>>,
+    handles: Handles,
+    /// Counts writes to the active layer.
+    writes: AtomicU64,
+}
+
+/// How a tree looks to its users.
+#[derive(Debug, Clone)]
+pub struct TreeOptions {
+    /// The top image as the user named it.
+    pub image: PathBuf,
+    /// What member 0 of the chain is called in addresses: more than 0 if the chain is a part of another.
+    pub first_member: usize,
+    /// Owner and modes of everything.
+    pub ownership: Ownership,
+    /// Whether `truncate` may make the active disk larger.
+    pub growth: Growth,
+    /// What a discard does with host space.
+    pub discard: DiscardMode,
+}
+
+/// Owner and modes of everything in a mount.
+#[derive(Debug, Clone, Copy)]
+pub struct Ownership {
+    /// User id.
+    pub uid: u32,
+    /// Group id.
+    pub gid: u32,
+    /// Mode bits to clear: read-only files begin with 0444, writable ones with 0666, directories with 0555.
+    pub umask: u16,
+}
+
+/// Whether a disk can be made larger through the mount.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Growth {
+    /// Its size is as fixed as a block device's.
+    Fixed,
+    /// `truncate` makes it larger, never smaller.
+    Growable,
+}
+
+/// What a discard does with host space.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DiscardMode {
+    /// It is given back.
+    Unmap,
+    /// It stays allocated.
+    Ignore,
+}
+
+/// One inode.
+#[derive(Clone)]
+struct Node {
+    inode: Inode,
+    parent: Inode,
+    /// Index of the view that it belongs to: its times are those of the view.
+    view: usize,
+    what: What,
+}
+
+#[derive(Clone)]
+enum What {
+    Directory(Directory),
+    Link(PathBuf),
+    Disk(Window),
+    Document(Document),
+}
+
+#[derive(Clone, Default)]
+struct Directory {
+    children: BTreeMap<String, Inode>,
+    /// Found by name but not listed.
+    hidden: BTreeMap<String, Inode>,
+    partitions: Partitions,
+}
+
+/// How a directory shows the partitions of its view.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+enum Partitions {
+    /// Not at all.
+    #[default]
+    Absent,
+    /// As files.
+    Files,
+    /// As links to the files in the mountpoint.
+    Links,
+}
+
+/// The part of a view's disk that a file shows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Window {
+    /// All of it.
+    Whole,
+    /// A partition.
+    Part(GuestRange),
+}
+
+#[derive(Clone, Copy)]
+enum Document {
+    ViewInfo,
+    Chain,
+    Daemon,
+    Version,
+}
+
+/// What `stat` says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Attributes {
+    /// Inode number.
+    pub inode: Inode,
+    /// Kind of file.
+    pub kind: Kind,
+    /// Size in bytes.
+    pub size: u64,
+    /// Allocated bytes.
+    pub allocated: u64,
+    /// Permission bits.
+    pub mode: u16,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Time of the last change, of content and of attributes.
+    pub time: SystemTime,
+    /// Whether they never change.
+    pub lifetime: Lifetime,
+}
+
+/// Kinds of files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// A directory.
+    Directory,
+    /// A regular file.
+    File,
+    /// A symbolic link.
+    Link,
+}
+
+/// How long an answer stays true.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lifetime {
+    /// As long as the mount.
+    Forever,
+    /// Until the next write.
+    Moment,
+}
+
+/// What `statfs` says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Statistics {
+    /// Size of the active disk in bytes.
+    pub size: u64,
+    /// Number of files.
+    pub files: u64,
+}
+
+impl Tree {
+    /// The chain that is shown.
+    pub fn chain(&self) -> &Arc<Chain> {
+        &self.chain
+    }
+
+    /// What `statfs` says.
+    pub fn statistics(&self) -> Statistics {
+        Statistics { size: self.views[0].view.size(), files: self.nodes.len() as u64 }
+    }
+
+    /// Makes all that was written durable.
+    ///
+    /// # Errors
+    /// As [`Chain::flush`].
+    pub fn sync(&self) -> Result<()> {
+        self.chain.flush()
+    }
+
+    fn attributes_of(&self, node: &Node) -> Result<Attributes> {
+        let files = &self.views[node.view];
+        let Ownership { uid, gid, umask } = self.options.ownership;
+        let writable = files.view.is_writable();
+        let (kind, size, allocated, mode) = match &node.what {
+            What::Directory(_) => (Kind::Directory, 0, 0, 0o555),
+            What::Link(target) => (Kind::Link, target.as_os_str().len() as u64, 0, 0o777),
+            What::Document(document) => {
+                let size = self.content(*document, node.view)?.len() as u64;
+                (Kind::File, size, size, 0o444)
+            }
+            What::Disk(window) => {
+                let range = self.range_of(*window, node.view);
+                let mode = if writable { 0o666 } else { 0o444 };
+                (Kind::File, range.len, files.allocated(range)?, mode)
+            }
+        };
+        let mode = if kind == Kind::Link { mode } else { mode & !umask };
+        let changes = writable && kind == Kind::File;
+        let lifetime = if changes { Lifetime::Moment } else { Lifetime::Forever };
+        let time = files.view.time()?;
+        Ok(Attributes { inode: node.inode, kind, size, allocated, mode, uid, gid, time, lifetime })
+    }
+
+    fn content(&self, document: Document, view: usize) -> Result<Vec<u8>> {
+        match document {
+            Document::ViewInfo => documents::view_info(&self.views[view], &self.options.image),
+            Document::Chain => Ok(documents::chain_info(&self.chain)),
+            Document::Daemon => Ok(documents::daemon_info(&self.options.image)),
+            Document::Version => Ok(documents::version()),
+        }
+    }
+
+    fn range_of(&self, window: Window, view: usize) -> GuestRange {
+        match window {
+            Window::Whole => self.views[view].view.range(),
+            Window::Part(range) => range,
+        }
+    }
+
+    fn writes(&self, view: usize) -> u64 {
+        if view == 0 { self.writes.load(Ordering::Acquire) } else { 0 }
+    }
+}

@@ -1,0 +1,213 @@
+//! An image file on the host.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, ErrorKind, IoSlice};
+use std::ops::Range;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::Path;
+use std::time::SystemTime;
+
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::sys::uio::pwritev;
+use nix::unistd::{Whence, lseek};
+
+use super::{LockMode, Store, lock};
+use crate::error::{Doing, Error, Problem, Result};
+use crate::units::HostOffset;
+
+/// A regular file, opened once and kept open: image locks live as long as this value.
+pub struct FileStore {
+    file: File,
+    id: FileId,
+}
+
+/// What a file is opened for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// The descriptor can't write, whatever goes wrong above it.
+    ReadOnly,
+    /// Reading and writing.
+    ReadWrite,
+}
+
+/// Tells files apart whatever their names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct FileId {
+    /// Device of the file system.
+    pub device: u64,
+    /// Inode number in it.
+    pub inode: u64,
+}
+
+impl FileStore {
+    /// Opens a file that exists.
+    ///
+    /// # Errors
+    /// Without the file's name, which the caller knows better: [`Problem::NotFound`], [`Problem::NotARegularFile`] (directories, devices, pipes: opening these could block
+    /// or have effects of its own), or the operating system's answer.
+    pub fn open(path: &Path, access: Access) -> Result<Self> {
+        let opened = OpenOptions::new()
+            .read(true)
+            .write(access == Access::ReadWrite)
+            // A pipe put where an image was expected must not hang the open.
+            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+            .open(path);
+        let file = match opened {
+            Ok(file) => file,
+            Err(error) => {
+                let problem = match error.kind() {
+                    ErrorKind::NotFound => Problem::NotFound,
+                    ErrorKind::IsADirectory => Problem::NotARegularFile,
+                    _ if error.raw_os_error() == Some(libc::ENXIO) => Problem::NotARegularFile,
+                    _ => Problem::Io { action: "open it", source: error },
+                };
+                return Err(Error::new(problem));
+            }
+        };
+        Self::from_file(file)
+    }
+
+    /// Makes a new, empty file, open for writing.
+    ///
+    /// # Errors
+    /// [`Problem::Exists`] rather than overwriting anything.
+    pub fn create_new(path: &Path) -> Result<Self> {
+        let file = OpenOptions::new().read(true).write(true).create_new(true).open(path).map_err(
+            |error| {
+                let problem = match error.kind() {
+                    ErrorKind::AlreadyExists => Problem::Exists,
+                    _ => Problem::Io { action: "create it", source: error },
+                };
+                Error::new(problem)
+            },
+        )?;
+        Self::from_file(file)
+    }
+
+    fn from_file(file: File) -> Result<Self> {
+        let metadata = file.metadata().doing("look at it")?;
+        if !metadata.is_file() {
+            return Err(Error::new(Problem::NotARegularFile));
+        }
+        let id = FileId { device: metadata.dev(), inode: metadata.ino() };
+        Ok(Self { file, id })
+    }
+
+    /// Takes QEMU's image locks (see [`LockMode`]); they last as long as this value.
+    ///
+    /// # Errors
+    /// [`Problem::Locked`] with the processes that hold the file.
+    pub fn lock(&self, mode: LockMode) -> Result<()> {
+        lock::take(&self.file, self.id, mode)
+    }
+
+    /// Which file this is.
+    pub fn id(&self) -> FileId {
+        self.id
+    }
+
+    /// When the content changed last.
+    pub fn modified(&self) -> io::Result<SystemTime> {
+        self.file.metadata()?.modified()
+    }
+}
+
+impl Store for FileStore {
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.file.metadata()?.len())
+    }
+
+    fn read_at(&self, mut buf: &mut [u8], offset: HostOffset) -> io::Result<()> {
+        let mut at = offset.get();
+        while !buf.is_empty() {
+            match self.file.read_at(buf, at) {
+                Ok(0) => {
+                    buf.fill(0);
+                    break;
+                }
+                Ok(n) => {
+                    buf = &mut buf[n..];
+                    at += n as u64;
+                }
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    fn write_at(&self, pieces: &[&[u8]], offset: HostOffset) -> io::Result<()> {
+        let mut slices: Vec<IoSlice<'_>> = pieces.iter().map(|piece| IoSlice::new(piece)).collect();
+        let mut rest = &mut slices[..];
+        let mut at = offset.get();
+        IoSlice::advance_slices(&mut rest, 0);
+        while !rest.is_empty() {
+            let position =
+                i64::try_from(at).map_err(|_| io::Error::from(ErrorKind::FileTooLarge))?;
+            match pwritev(&self.file, rest, position) {
+                Ok(0) => return Err(ErrorKind::WriteZero.into()),
+                Ok(n) => {
+                    at += n as u64;
+                    IoSlice::advance_slices(&mut rest, n);
+                }
+                Err(nix::Error::EINTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        Ok(())
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.file.set_len(len)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    fn punch_hole(&self, offset: HostOffset, len: u64) -> io::Result<()> {
+        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        let too_large = |_| io::Error::from(ErrorKind::FileTooLarge);
+        let start = i64::try_from(offset.get()).map_err(too_large)?;
+        match fallocate(&self.file, flags, start, i64::try_from(len).map_err(too_large)?) {
+            Err(nix::Error::EOPNOTSUPP) => self.write_zeroes(offset, len),
+            result => Ok(result?),
+        }
+    }
+
+    fn next_data(&self, from: HostOffset) -> io::Result<Option<Range<u64>>> {
+        let len = self.len()?;
+        let Ok(position) = i64::try_from(from.get()) else { return Ok(None) };
+        if from.get() >= len {
+            return Ok(None);
+        }
+        match lseek(&self.file, position, Whence::SeekData) {
+            Err(nix::Error::ENXIO) => Ok(None),
+            Err(nix::Error::EINVAL) => Ok(Some(from.get()..len)),
+            Err(errno) => Err(errno.into()),
+            Ok(data) => {
+                let hole = lseek(&self.file, data, Whence::SeekHole)?;
+                Ok(Some(data.cast_unsigned()..hole.cast_unsigned()))
+            }
+        }
+    }
+
+    fn allocated(&self) -> io::Result<u64> {
+        Ok(self.file.metadata()?.blocks() * 512)
+    }
+}
+
+impl FileStore {
+    /// The slow way to [`Store::punch_hole`], for file systems without holes.
+    fn write_zeroes(&self, offset: HostOffset, len: u64) -> io::Result<()> {
+        static ZEROES: [u8; 65536] = [0; 65536];
+        let len = len.min(self.len()?.saturating_sub(offset.get()));
+        let mut done = 0;
+        while done < len {
+            let n = (len - done).min(ZEROES.len() as u64);
+            self.write_at(&[&ZEROES[..n as usize]], offset + done)?;
+            done += n;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,48 @@
+//! Host files behind one small trait: the only floor with raw file descriptors.
+
+#[cfg(test)]
+pub(crate) mod fault;
+mod file;
+mod lock;
+#[cfg(test)]
+pub(crate) mod memory;
+
+pub use file::{Access, FileId, FileStore};
+pub use lock::{LockMode, holders};
+
+use std::io;
+use std::ops::Range;
+
+use crate::units::HostOffset;
+
+/// Random access to the bytes of one image file.
+///
+/// All methods take `&self` and may be called from any thread; there is no cursor.
+#[allow(clippy::len_without_is_empty, reason = "a file is not a collection")]
+pub trait Store: Send + Sync {
+    /// Current length in bytes.
+    fn len(&self) -> io::Result<u64>;
+
+    /// Fills `buf` from `offset` on. Bytes behind the end of the file read as zero.
+    fn read_at(&self, buf: &mut [u8], offset: HostOffset) -> io::Result<()>;
+
+    /// Writes the pieces one behind the other from `offset` on, all of them or an error.
+    fn write_at(&self, pieces: &[&[u8]], offset: HostOffset) -> io::Result<()>;
+
+    /// Cuts or grows the file; new bytes read as zero.
+    fn set_len(&self, len: u64) -> io::Result<()>;
+
+    /// Returns when all that was written before is on stable storage (`fdatasync`).
+    fn sync(&self) -> io::Result<()>;
+
+    /// Makes a range read as zero and gives its space back where the file system can.
+    fn punch_hole(&self, offset: HostOffset, len: u64) -> io::Result<()>;
+
+    /// The first run of bytes at or behind `from` that may hold data, or `None` if only a hole follows.
+    ///
+    /// A store that can't tell answers "all of it".
+    fn next_data(&self, from: HostOffset) -> io::Result<Option<Range<u64>>>;
+
+    /// Bytes of storage that the file occupies.
+    fn allocated(&self) -> io::Result<u64>;
+}

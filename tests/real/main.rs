@@ -1,0 +1,29 @@
+//! The binary on real images, made and judged by QEMU's own tools. Needs root and /dev/fuse:
+//! `tests/run` says what else.
+
+mod support;
+
+mod cli_create;
+mod cli_info;
+mod cli_map;
+mod cli_mount;
+mod compressed;
+mod direct;
+mod helper;
+mod killed;
+mod locks;
+mod loops;
+mod model;
+mod partitions;
+mod policy;
+mod reading;
+mod refusals;
+mod sizes;
+mod snapshots;
+mod sparse;
+mod tools_on_views;
+mod tree;
+mod tree_rules;
+mod walkthrough;
+mod writing;
+mod zeroing;

@@ -1,0 +1,231 @@
+//! What is not understood is refused by name, and left as it is.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::support::images::{Images, Untouched, io, poke};
+use crate::support::mounted::Mounted;
+use crate::support::oracle::{bytes_of, holds};
+use crate::support::tools::{args, qchainfs, run};
+use crate::support::{M, index};
+
+const INCOMPATIBLE_BITS: u64 = 72;
+
+/// Mounting `image` fails with `code`, in both modes; what is said has all `words`. The image is
+/// not changed.
+#[track_caller]
+fn refuses(image: &Path, code: i32, words: &[&str]) {
+    let untouched = Untouched::now(&[image]);
+    for options in [vec![], args!["-r"].to_vec()] {
+        let said = Mounted::refused(&options, image, code);
+        for word in words {
+            let found = said.to_lowercase().contains(&word.to_lowercase());
+            assert!(found, "\"{word}\" is not in: {said}");
+        }
+    }
+    untouched.verify();
+}
+
+/// Makes an image with options that [`Images::create`] does not have.
+fn create(image: &Path, secret: bool, options: &str) {
+    let mut words = args!["create", "-q", "-f", "qcow2", "-o", options].to_vec();
+    if secret {
+        words.extend(args!["--object", "secret,id=key,data=not-a-secret"]);
+    }
+    words.extend(args![image, "4M"]);
+    run("qemu-img", &words);
+}
+
+#[test]
+fn features_that_are_not_supported_are_refused_by_their_name() {
+    let images = Images::new();
+    let data = images.path("data.raw");
+    let data_file = format!("data_file={}", data.display());
+    let luks = "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10";
+    let features = [
+        ("compression_type=zstd", false, "zstd"),
+        ("extended_l2=on", false, "extended l2"),
+        (data_file.as_str(), false, "data file"),
+        ("encrypt.format=aes,encrypt.key-secret=key", true, "encrypt"),
+        (luks, true, "encrypt"),
+    ];
+    for (number, (options, secret, name)) in features.into_iter().enumerate() {
+        let image = images.path(&format!("{number}.qcow2"));
+        create(&image, secret, options);
+        refuses(&image, 14, &[name, &format!("{number}.qcow2")]);
+    }
+}
+
+#[test]
+fn an_unknown_incompatible_feature_is_refused() {
+    let images = Images::new();
+    for bit in [5, 17, 63] {
+        let image = images.create("future.qcow2", M, "");
+        poke(&image, INCOMPATIBLE_BITS, &(1_u64 << bit).to_be_bytes());
+        refuses(&image, 14, &["future.qcow2", &bit.to_string()]);
+    }
+}
+
+#[test]
+fn an_unknown_compatible_feature_is_no_hindrance() {
+    let images = Images::new();
+    let image = images.create("disk.qcow2", M, "");
+    io(&image, &["write -P 8 0 1M"]);
+    poke(&image, INCOMPATIBLE_BITS + 8, &(1_u64 << 40).to_be_bytes());
+    let mounted = Mounted::new(&image);
+    holds(&mounted.disk(), &vec![8; index(M)]);
+    mounted.umount();
+}
+
+#[test]
+fn an_unsupported_member_below_is_refused_and_named() {
+    let images = Images::new();
+    create(&images.path("base.qcow2"), false, "extended_l2=on");
+    let top = images.overlay("top.qcow2", "base.qcow2", "");
+    refuses(&top, 14, &["base.qcow2", "extended l2"]);
+}
+
+#[test]
+fn lazy_refcounts_are_no_hindrance() {
+    let images = Images::new();
+    let image = images.create("lazy.qcow2", M, "lazy_refcounts=on");
+    io(&image, &["write -P 8 0 1M"]);
+    let mounted = Mounted::new(&image);
+    holds(&mounted.disk(), &vec![8; index(M)]);
+    mounted.umount();
+    crate::support::images::check(&image);
+}
+
+#[test]
+fn a_marked_image_is_mounted_read_only_and_not_writable() {
+    let images = Images::new();
+    for (name, bit) in [("dirty", 1_u64), ("corrupt", 2)] {
+        let image = images.create(&format!("{name}.qcow2"), M, "");
+        io(&image, &["write -P 7 0 512k"]);
+        let expected = bytes_of(&image);
+        poke(&image, INCOMPATIBLE_BITS, &bit.to_be_bytes());
+        let untouched = Untouched::now(&[&image]);
+        let said = Mounted::refused(&[], &image, 1);
+        assert!(said.contains(name) && said.contains("qemu-img check"), "{said}");
+        let mounted = Mounted::read_only(&image);
+        holds(&mounted.disk(), &expected);
+        mounted.umount();
+        untouched.verify();
+    }
+}
+
+#[test]
+fn a_marked_base_is_no_hindrance_since_it_is_only_read() {
+    let images = Images::new();
+    let base = images.create("base.qcow2", M, "");
+    io(&base, &["write -P 7 0 512k"]);
+    let top = images.overlay("top.qcow2", "base.qcow2", "");
+    let expected = bytes_of(&top);
+    poke(&base, INCOMPATIBLE_BITS, &1_u64.to_be_bytes());
+    let mounted = Mounted::new(&top);
+    holds(&mounted.disk(), &expected);
+    mounted.umount();
+}
+
+/// Renames the header extension that says which format the backing file has.
+fn forget_backing_format(image: &Path) {
+    let header = fs::read(image).expect("read");
+    let magic = [0xe2, 0x79, 0x2a, 0xca];
+    let at = header.windows(4).position(|bytes| bytes == magic).expect("a backing format");
+    poke(image, at as u64, &[0x11, 0x22, 0x33, 0x44]);
+}
+
+#[test]
+fn a_backing_file_without_a_format_is_refused_with_the_command_that_gives_it_one() {
+    for compat in ["0.10", "1.1"] {
+        let images = Images::new();
+        images.create("base.qcow2", M, "");
+        let top = images.overlay("top.qcow2", "base.qcow2", &format!("compat={compat}"));
+        forget_backing_format(&top);
+        refuses(&top, 1, &["top.qcow2", "base.qcow2", "qemu-img rebase -u -F"]);
+    }
+}
+
+#[test]
+fn a_backing_loop_is_refused_and_its_files_are_named() {
+    let images = Images::new();
+    let one = images.create("one.qcow2", M, "");
+    images.overlay("two.qcow2", "one.qcow2", "");
+    run("qemu-img", &args!["rebase", "-u", "-b", "two.qcow2", "-F", "qcow2", one]);
+    refuses(&one, 1, &["one.qcow2", "two.qcow2", "loop"]);
+    run("qemu-img", &args!["rebase", "-u", "-b", "one.qcow2", "-F", "qcow2", one]);
+    refuses(&one, 1, &["one.qcow2", "loop"]);
+}
+
+#[test]
+fn a_missing_backing_file_is_named() {
+    let images = Images::new();
+    let base = images.create("base.qcow2", M, "");
+    let top = images.overlay("top.qcow2", "base.qcow2", "");
+    fs::remove_file(base).expect("remove the base");
+    refuses(&top, 10, &["top.qcow2", "base.qcow2"]);
+}
+
+#[test]
+fn what_is_not_there_is_said_to_be_missing() {
+    let images = Images::new();
+    let image = images.create("disk.qcow2", M, "");
+    let missing = images.path("missing.qcow2");
+    let address = |text: &str| -> OsString {
+        let mut address = image.clone().into_os_string();
+        address.push(text);
+        address
+    };
+    let (snapshot, id, member) = (address("@none"), address("@#9"), address("[3]"));
+    let name = address("[other.qcow2]");
+    for addr in [missing.as_os_str(), &snapshot, &id, &member, &name] {
+        Mounted::refused(&args!["-r"], addr, 10);
+        qchainfs(&args!["info", addr]).fails(10);
+        qchainfs(&args!["map", addr]).fails(10);
+    }
+}
+
+#[test]
+fn what_is_no_image_is_refused() {
+    let images = Images::new();
+    let text = images.path("text.qcow2");
+    fs::write(&text, "this is no disk image\n".repeat(1000)).expect("write");
+    let short = images.path("short.qcow2");
+    fs::write(&short, b"QFI\xfb\0\0\0\x03").expect("write");
+    let empty = images.path("empty.qcow2");
+    fs::write(&empty, "").expect("write");
+    for image in [&text, &short, &empty] {
+        let untouched = Untouched::now(&[image]);
+        Mounted::refused(&[], image, 1);
+        untouched.verify();
+    }
+    Mounted::refused(&[], images.path(""), 1);
+}
+
+/// Every header field of four bytes set to its greatest value, one at a time.
+fn spoiled(images: &Images, at: u64) -> PathBuf {
+    let image = images.create("spoiled.qcow2", M, "");
+    io(&image, &["write -P 1 0 64k"]);
+    poke(&image, at, &[0xff; 4]);
+    image
+}
+
+#[test]
+fn an_impossible_header_is_refused_or_read_but_nothing_breaks() {
+    let images = Images::new();
+    for at in (4..104).step_by(4) {
+        let image = spoiled(&images, at);
+        let untouched = Untouched::now(&[&image]);
+        let outcome = qchainfs(&args!["map", "--output", "json", image]);
+        let code = outcome.code;
+        assert!(
+            [Some(0), Some(1), Some(10), Some(13), Some(14)].contains(&code),
+            "{at}: {outcome}"
+        );
+        if code != Some(0) {
+            outcome.fails(code.expect("a code"));
+        }
+        untouched.verify();
+    }
+}

@@ -1,0 +1,22 @@
+//! What the scenarios stand on: tools, images, mounts, and the oracle that judges them.
+
+pub mod foreground;
+pub mod held;
+pub mod images;
+pub mod loopdev;
+pub mod mounted;
+pub mod oracle;
+pub mod random;
+pub mod tools;
+pub mod watchdog;
+pub mod writer;
+
+/// One kibibyte.
+pub const K: u64 = 1 << 10;
+/// One mebibyte.
+pub const M: u64 = 1 << 20;
+
+/// `offset` as an index into a vector of bytes.
+pub fn index(offset: u64) -> usize {
+    usize::try_from(offset).expect("a test disk fits into memory")
+}

@@ -1,0 +1,211 @@
+//! Attributes and refusals: what backup programs rely on, and what keeps a disk from being
+//! destroyed by accident.
+
+use std::fs::{self, File, Metadata};
+use std::io;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::path::Path;
+
+use nix::sys::statvfs::statvfs;
+
+use crate::support::M;
+use crate::support::images::{Images, Untouched, check, io, paint, snapshot};
+use crate::support::mounted::Mounted;
+use crate::support::oracle::{bytes_of, holds, info, virtual_size};
+use crate::support::random::Random;
+use crate::support::tools::{args, attempt};
+use crate::support::writer::Writer;
+
+fn stat(path: &Path) -> Metadata {
+    fs::metadata(path).unwrap_or_else(|error| panic!("stat {}: {error}", path.display()))
+}
+
+/// Panics unless `result` failed with the errno `expected`.
+#[track_caller]
+fn fails_with<T>(result: io::Result<T>, expected: i32) {
+    let error = result.err().expect("it succeeded");
+    assert_eq!(error.raw_os_error(), Some(expected), "{error}");
+}
+
+#[test]
+fn inode_and_times_of_a_view_are_the_same_at_every_mount() {
+    let images = Images::new();
+    let base = images.create("base.qcow2", M, "");
+    snapshot(&base, "one");
+    let top = images.overlay("top.qcow2", "base.qcow2", "");
+    snapshot(&top, "two");
+    let look = || {
+        let mounted = Mounted::read_only(&top);
+        let views = ["", "chain/1", "chain/1/snapshots/one", "snapshots/two"];
+        let seen = views.map(|view| {
+            let data = stat(&mounted.path(view).join("disk.raw"));
+            (data.ino(), data.mtime(), data.mtime_nsec(), data.ctime(), data.ctime_nsec())
+        });
+        mounted.umount();
+        seen
+    };
+    let first = look();
+    assert_eq!(first, look());
+    for (number, view) in first.iter().enumerate() {
+        assert!(first[..number].iter().all(|other| other.0 != view.0), "one inode for two views");
+    }
+}
+
+#[test]
+fn an_older_view_keeps_its_inode_when_a_snapshot_is_added() {
+    let images = Images::new();
+    let image = images.create("disk.qcow2", M, "");
+    snapshot(&image, "one");
+    let inode = || {
+        let mounted = Mounted::new(&image);
+        let data = stat(&mounted.path("snapshots/one/disk.raw"));
+        mounted.umount();
+        (data.ino(), data.mtime())
+    };
+    let before = inode();
+    snapshot(&image, "two");
+    assert_eq!(before, inode());
+}
+
+#[test]
+fn the_time_of_a_view_is_that_of_its_snapshot_or_file() {
+    let images = Images::new();
+    let base = images.create("base.qcow2", M, "");
+    snapshot(&base, "one");
+    let top = images.overlay("top.qcow2", "base.qcow2", "");
+    let mounted = Mounted::read_only(&top);
+    let one = stat(&mounted.path("chain/1/snapshots/one/disk.raw"));
+    let made = &info(&base)["snapshots"][0];
+    assert_eq!(Some(one.mtime()), made["date-sec"].as_i64());
+    assert_eq!(Some(one.mtime_nsec()), made["date-nsec"].as_i64());
+    let member = stat(&mounted.path("chain/1/disk.raw"));
+    let file = stat(&base);
+    assert_eq!((member.mtime(), member.mtime_nsec()), (file.mtime(), file.mtime_nsec()));
+    mounted.umount();
+}
+
+#[test]
+fn only_the_active_layer_can_be_opened_for_writing() {
+    let images = Images::new();
+    let base = images.create("base.qcow2", M, "");
+    snapshot(&base, "one");
+    let top = images.overlay("top.qcow2", "base.qcow2", "");
+    snapshot(&top, "two");
+    let mounted = Mounted::new(&top);
+    assert_eq!(stat(&mounted.disk()).permissions().mode() & 0o200, 0o200);
+    for view in ["chain/1", "chain/1/snapshots/one", "snapshots/two"] {
+        for name in ["disk.raw", "info.json"] {
+            let file = mounted.path(view).join(name);
+            assert_eq!(stat(&file).permissions().mode() & 0o7777, 0o440, "{}", file.display());
+            fails_with(File::options().write(true).open(&file), libc::EROFS);
+        }
+    }
+    mounted.umount();
+    let mounted = Mounted::read_only(&top);
+    fails_with(File::options().write(true).open(mounted.disk()), libc::EROFS);
+    mounted.umount();
+}
+
+#[test]
+fn the_disk_can_not_be_truncated_by_accident() {
+    let images = Images::new();
+    let mut random = Random::new(111);
+    let image = images.create("disk.qcow2", 2 * M, "");
+    paint(&image, &mut random, 2 * M, 10);
+    let source = images.raw("source.raw", &[1; 1000]);
+    let writer = Writer::open(&image);
+    for size in [0, M, 3 * M] {
+        fails_with(writer.file().set_len(size), libc::EPERM);
+    }
+    let disk = writer.mounted().disk();
+    fails_with(File::create(&disk), libc::EPERM);
+    let redirect = attempt("sh", &args!["-c", "exec > \"$0\"", disk]);
+    assert_ne!(redirect.code, Some(0), "{redirect}");
+    let copy = attempt("cp", &args![source, disk]);
+    assert_ne!(copy.code, Some(0), "{copy}");
+    assert_eq!(stat(&disk).len(), 2 * M);
+    writer.close();
+}
+
+#[test]
+fn dd_without_truncation_is_the_way_to_write_a_disk() {
+    let images = Images::new();
+    let mut random = Random::new(112);
+    let image = images.create("disk.qcow2", 2 * M, "");
+    let source = images.raw("source.raw", &random.bytes(crate::support::index(2 * M)));
+    let mut writer = Writer::open(&image);
+    let (from, to) = (format!("if={}", source.display()), writer.mounted().disk());
+    let to = format!("of={}", to.display());
+    attempt("dd", &args![from, to, "bs=64k", "conv=notrunc,fsync", "status=none"]).ok();
+    writer.bytes_mut().copy_from_slice(&fs::read(&source).expect("read"));
+    writer.close();
+}
+
+#[test]
+fn a_growable_disk_grows_and_does_not_shrink() {
+    let images = Images::new();
+    let base = images.create("base.qcow2", 8 * M, "");
+    io(&base, &["write -P 0x88 0 8M"]);
+    let top = images.overlay_sized("top.qcow2", "base.qcow2", 2 * M, "");
+    let mut expected = bytes_of(&top);
+    expected.resize(crate::support::index(6 * M), 0);
+    let mounted = Mounted::with(&args!["-o", "growable"], &top);
+    let disk = File::options().read(true).write(true).open(mounted.disk()).expect("open");
+    disk.set_len(6 * M).expect("grow");
+    fails_with(disk.set_len(M), libc::EPERM);
+    drop(disk);
+    assert_eq!(stat(&mounted.disk()).len(), 6 * M);
+    holds(&mounted.disk(), &expected);
+    mounted.umount();
+    check(&top);
+    assert_eq!(virtual_size(&top), 6 * M);
+    assert_eq!(bytes_of(&top), expected);
+}
+
+#[test]
+fn nothing_can_be_made_renamed_or_removed_in_the_tree() {
+    let images = Images::new();
+    let image = images.create("disk.qcow2", M, "");
+    snapshot(&image, "one");
+    let untouched = Untouched::now(&[&image]);
+    let mounted = Mounted::new(&image);
+    let disk = mounted.disk();
+    fs::remove_file(&disk).expect_err("the disk was removed");
+    fs::remove_dir_all(mounted.path("snapshots/one")).expect_err("the snapshot was removed");
+    fs::rename(&disk, mounted.path("other.raw")).expect_err("the disk was renamed");
+    fs::write(mounted.path("new"), "x").expect_err("a file was made");
+    fs::create_dir(mounted.path("snapshots/two")).expect_err("a directory was made");
+    fs::hard_link(&disk, mounted.path("link")).expect_err("a link was made");
+    assert!(disk.exists() && mounted.path("snapshots/one/disk.raw").exists());
+    mounted.umount();
+    untouched.verify();
+}
+
+#[test]
+fn block_sizes_are_those_of_a_page() {
+    let images = Images::new();
+    let image = images.create("disk.qcow2", M, "");
+    let mounted = Mounted::new(&image);
+    assert_eq!(stat(&mounted.disk()).blksize(), 4096);
+    assert_eq!(statvfs(&mounted.disk()).expect("statvfs").block_size(), 4096);
+    mounted.umount();
+}
+
+#[test]
+fn allocated_blocks_are_told_honestly() {
+    let images = Images::new();
+    let base = images.create("base.qcow2", 64 * M, "");
+    io(&base, &["write -P 1 0 2M"]);
+    snapshot(&base, "one");
+    io(&base, &["write -P 2 10M 4M"]);
+    let top = images.overlay("top.qcow2", "base.qcow2", "");
+    io(&top, &["write -P 3 30M 1M"]);
+    let mounted = Mounted::new(&top);
+    let views = [("", 7), ("chain/1", 6), ("chain/1/snapshots/one", 2)];
+    for (view, mebibytes) in views {
+        let allocated = stat(&mounted.path(view).join("disk.raw")).blocks() * 512;
+        let expected = mebibytes * M..(mebibytes + 1) * M;
+        assert!(expected.contains(&allocated), "view \"{view}\": {allocated} bytes");
+    }
+    mounted.umount();
+}
