@@ -144,6 +144,9 @@ pub struct RawDisk {
 
 impl RawDisk {
     /// The disk in `store`.
+    ///
+    /// # Errors
+    /// The file can't be looked at.
     pub fn open(store: &dyn Store) -> Result<Self> {
         let len = store.len().doing("find out its length")?;
         Ok(Self { size: len.next_multiple_of(512) })

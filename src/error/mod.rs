@@ -1,6 +1,6 @@
 //! What can go wrong: the problem, the file it concerns, the cause below it and the errno above it.
 //!
-//! Code makes errors from facts; [`words`] alone turns them into sentences.
+//! Code makes errors from facts; `words` alone turns them into sentences.
 
 mod words;
 
@@ -301,6 +301,9 @@ impl std::error::Error for Error {
 /// Names the file on the error side of a result.
 pub trait At<T> {
     /// See [`Error::at`].
+    ///
+    /// # Errors
+    /// The one that was there, with the name.
     fn at(self, path: &Path) -> Result<T>;
 }
 
@@ -313,6 +316,9 @@ impl<T> At<T> for Result<T> {
 /// Says what was being done when the operating system said no.
 pub trait Doing<T> {
     /// See [`Error::io`].
+    ///
+    /// # Errors
+    /// The operating system's answer, with what was being done.
     fn doing(self, action: &'static str) -> Result<T>;
 }
 

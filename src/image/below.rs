@@ -8,9 +8,15 @@ use crate::units::{GuestOffset, GuestRange};
 /// It is handed to each write rather than kept, because the chain can change while it is open.
 pub trait Below: Send + Sync {
     /// Fills `buf` with the bytes from `offset` on; behind the end of the view they are zero.
+    ///
+    /// # Errors
+    /// Failing reads, and corruption.
     fn read(&self, offset: GuestOffset, buf: &mut [u8]) -> Result<()>;
 
     /// Whether all of `range` is known to read as zero without reading it.
+    ///
+    /// # Errors
+    /// Failing reads of tables.
     fn is_zero(&self, range: GuestRange) -> Result<bool>;
 }
 

@@ -107,6 +107,9 @@ impl FileStore {
     }
 
     /// When the content changed last.
+    ///
+    /// # Errors
+    /// The operating system's answer.
     pub fn modified(&self) -> io::Result<SystemTime> {
         self.file.metadata()?.modified()
     }

@@ -21,28 +21,52 @@ use crate::units::HostOffset;
 #[allow(clippy::len_without_is_empty, reason = "a file is not a collection")]
 pub trait Store: Send + Sync {
     /// Current length in bytes.
+    ///
+    /// # Errors
+    /// The operating system's answer, as from all methods.
     fn len(&self) -> io::Result<u64>;
 
     /// Fills `buf` from `offset` on. Bytes behind the end of the file read as zero.
+    ///
+    /// # Errors
+    /// A failing read.
     fn read_at(&self, buf: &mut [u8], offset: HostOffset) -> io::Result<()>;
 
     /// Writes the pieces one behind the other from `offset` on, all of them or an error.
+    ///
+    /// # Errors
+    /// No space, or a failing write; a part may have been written.
     fn write_at(&self, pieces: &[&[u8]], offset: HostOffset) -> io::Result<()>;
 
     /// Cuts or grows the file; new bytes read as zero.
+    ///
+    /// # Errors
+    /// No space, or a size that the file system does not allow.
     fn set_len(&self, len: u64) -> io::Result<()>;
 
     /// Returns when all that was written before is on stable storage (`fdatasync`).
+    ///
+    /// # Errors
+    /// What was written before may or may not be durable, and a second call won't tell.
     fn sync(&self) -> io::Result<()>;
 
     /// Makes a range read as zero and gives its space back where the file system can.
+    ///
+    /// # Errors
+    /// A failing write.
     fn punch_hole(&self, offset: HostOffset, len: u64) -> io::Result<()>;
 
     /// The first run of bytes at or behind `from` that may hold data, or `None` if only a hole follows.
     ///
     /// A store that can't tell answers "all of it".
+    ///
+    /// # Errors
+    /// The operating system's answer.
     fn next_data(&self, from: HostOffset) -> io::Result<Option<Range<u64>>>;
 
     /// Bytes of storage that the file occupies.
+    ///
+    /// # Errors
+    /// The operating system's answer.
     fn allocated(&self) -> io::Result<u64>;
 }

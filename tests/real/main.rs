@@ -16,6 +16,7 @@ mod loops;
 mod model;
 mod partitions;
 mod policy;
+mod preserved;
 mod reading;
 mod refusals;
 mod sizes;
