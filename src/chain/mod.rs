@@ -9,7 +9,7 @@ mod policy;
 mod view;
 
 pub use address::{Address, MemberChoice, SnapshotChoice};
-pub use backing_name::resolve as resolve_backing_name;
+pub use backing_name::{BackingName, resolve as resolve_backing_name};
 pub use extents::Extent;
 pub use member::{Disk, Format, Member, RawDisk};
 pub use open::{Depth, OpenOptions, Sharing};
