@@ -15,8 +15,8 @@ use crate::chain::{Address, Chain, Depth, Member, MemberChoice, OpenOptions, Sha
 use crate::error::{At, Doing, Result};
 use crate::image::{Image, SnapshotTree};
 use crate::qcow2::{
-    CompatibleFeatures, Compression, DataPlace, Header, IncompatibleFeatures, L2Form, Snapshot,
-    Version,
+    Bitmap, BitmapFlags, CompatibleFeatures, Compression, DataPlace, Header, IncompatibleFeatures,
+    L2Form, Snapshot, Version,
 };
 use crate::store::Store;
 
@@ -113,7 +113,8 @@ fn describe(member: &Member) -> Result<Value> {
         let header = image.header();
         put("cluster-size", header.geometry.cluster_size().into());
         put("dirty-flag", header.incompatible.contains(IncompatibleFeatures::DIRTY).into());
-        put("format-specific", json!({ "type": "qcow2", "data": format_specific(image) }));
+        let data = format_specific(image).at(member.path())?;
+        put("format-specific", json!({ "type": "qcow2", "data": data }));
         let snapshots = image.snapshots();
         if !snapshots.is_empty() {
             let snapshots = snapshots.iter().map(|tree| snapshot_entry(tree.entry()));
@@ -160,7 +161,7 @@ fn file_sizes(member: &Member) -> Result<(u64, u64)> {
     Ok((len, allocated))
 }
 
-fn format_specific(image: &Image) -> Value {
+fn format_specific(image: &Image) -> Result<Value> {
     let header = image.header();
     let mut data = json!({
         "compat": compat(header.version),
@@ -177,7 +178,27 @@ fn format_specific(image: &Image) -> Value {
         data["data-file"] = String::from_utf8_lossy(name).into();
         data["data-file-raw"] = header.data_file_is_raw().into();
     }
-    data
+    let bitmaps = image.bitmaps()?;
+    if !bitmaps.is_empty() {
+        let object = |bitmap: &Bitmap| {
+            json!({
+                "name": bitmap.name,
+                "granularity": 1_u64 << bitmap.granularity_bits,
+                "flags": flag_names(bitmap),
+            })
+        };
+        data["bitmaps"] = bitmaps.iter().map(object).collect::<Vec<_>>().into();
+    }
+    Ok(data)
+}
+
+fn flag_names(bitmap: &Bitmap) -> Vec<&'static str> {
+    let names = [(BitmapFlags::IN_USE, "in-use"), (BitmapFlags::AUTO, "auto")];
+    names
+        .into_iter()
+        .filter(|(flag, _)| bitmap.flags.contains(*flag))
+        .map(|(_, name)| name)
+        .collect()
 }
 
 fn compression(header: &Header) -> &'static str {
@@ -228,7 +249,7 @@ fn describe_in_words(member: &Member) -> Result<String> {
         human(allocated)
     );
     if let Some(image) = member.image() {
-        text += &describe_image(member, image);
+        text += &describe_image(member, image).at(member.path())?;
     }
     text += &format!(
         "Child node '/file':\n    filename: {filename}\n    protocol type: file\n    \
@@ -239,7 +260,7 @@ fn describe_in_words(member: &Member) -> Result<String> {
     Ok(text)
 }
 
-fn describe_image(member: &Member, image: &Image) -> String {
+fn describe_image(member: &Member, image: &Image) -> Result<String> {
     let header = image.header();
     let mut text = String::new();
     if header.incompatible.contains(IncompatibleFeatures::DIRTY) {
@@ -277,7 +298,9 @@ fn describe_image(member: &Member, image: &Image) -> String {
         let lazy = header.compatible.contains(CompatibleFeatures::LAZY_REFCOUNTS);
         let corrupt = header.incompatible.contains(IncompatibleFeatures::CORRUPT);
         let extended = header.geometry.l2_form() == L2Form::Extended;
-        text += &format!("    lazy refcounts: {lazy}\n    refcount bits: {bits}\n");
+        text += &format!("    lazy refcounts: {lazy}\n");
+        text += &describe_bitmaps(&image.bitmaps()?);
+        text += &format!("    refcount bits: {bits}\n");
         if let (DataPlace::External, Some(name)) = (header.data_place(), header.data_file_name()) {
             let (name, raw) = (String::from_utf8_lossy(name), header.data_file_is_raw());
             text += &format!("    data file: {}\n    data file raw: {raw}\n", printable(&name));
@@ -285,6 +308,23 @@ fn describe_image(member: &Member, image: &Image) -> String {
         text += &format!("    corrupt: {corrupt}\n    extended l2: {extended}\n");
     } else {
         text += &format!("    refcount bits: {bits}\n");
+    }
+    Ok(text)
+}
+
+fn describe_bitmaps(bitmaps: &[Bitmap]) -> String {
+    if bitmaps.is_empty() {
+        return String::new();
+    }
+    let mut text = "    bitmaps:\n".to_owned();
+    for (index, bitmap) in bitmaps.iter().enumerate() {
+        text += &format!("        [{index}]:\n            flags:\n");
+        for (index, name) in flag_names(bitmap).iter().enumerate() {
+            text += &format!("                [{index}]: {name}\n");
+        }
+        let granularity = 1_u64 << bitmap.granularity_bits;
+        let name = printable(&bitmap.name);
+        text += &format!("            name: {name}\n            granularity: {granularity}\n");
     }
     text
 }

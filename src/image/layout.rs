@@ -95,7 +95,7 @@ impl Layout {
 
     fn clusters(&self, start: HostOffset, len: u64) -> std::ops::Range<u64> {
         let bits = self.geometry.cluster_bits();
-        start.get() >> bits..(start.get() + len).div_ceil(1 << bits)
+        start.get() >> bits..start.get().saturating_add(len).div_ceil(1 << bits)
     }
 }
 

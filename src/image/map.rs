@@ -126,12 +126,12 @@ impl Metadata {
     /// The run of absent L2 tables that `range` begins with.
     fn unallocated_run(&self, l1: &[u64], range: GuestRange) -> Run {
         let first = self.geometry.l1_index(range.start);
-        let last = self.geometry.l1_index(range.start + (range.len - 1));
-        let absent = (first..=last)
-            .take_while(|&index| l1.get(index).is_none_or(|&entry| entry == 0))
-            .count()
-            .max(1) as u64;
-        let end = (first as u64 + absent).saturating_mul(self.geometry.l2_span());
+        // A table may be shorter than the disk: behind its end nothing is allocated.
+        let rest = l1.get(first..).unwrap_or_default();
+        let absent = rest.iter().position(|&entry| entry != 0).map(|absent| absent.max(1) as u64);
+        let end = absent.map_or(u64::MAX, |absent| {
+            (first as u64 + absent).saturating_mul(self.geometry.l2_span())
+        });
         let len = end.min(range.end().get()) - range.start.get();
         Run { len, content: Content::Unallocated { kept: None } }
     }

@@ -6,6 +6,7 @@
 
 mod allocate;
 mod below;
+mod bitmaps;
 mod create;
 mod decompressed;
 mod flush;

@@ -53,7 +53,11 @@ impl Image {
         }
         let geometry = header.geometry;
         let header_compression = header.compression();
-        let l1 = Table::read(&*store, header.l1_offset, header.l1_entries as usize)?;
+        let read_table = match writability {
+            Writability::ReadOnly => Table::read,
+            Writability::Writable => Table::read_whole,
+        };
+        let l1 = read_table(&*store, header.l1_offset, header.l1_entries as usize)?;
         let snapshots = SnapshotTable::read(&*store, &header)?;
         let allocator = match writability {
             Writability::ReadOnly => None,
@@ -162,7 +166,7 @@ fn open_allocator(
     let geometry = header.geometry;
     let cluster_size = geometry.cluster_size();
     let reftable_len = u64::from(header.reftable_clusters) * cluster_size;
-    let reftable = Table::read(store, header.reftable_offset, reftable_len as usize / 8)?;
+    let reftable = Table::read_whole(store, header.reftable_offset, reftable_len as usize / 8)?;
 
     let mut layout = Layout::new(geometry);
     layout.claim(header.l1_offset, l1.byte_len(), Owner::ActiveL1)?;

@@ -88,6 +88,10 @@ impl SnapshotTable {
             let behind = at + SNAPSHOT_FIXED_LEN as u64;
             store.read_at(&mut variable, behind).doing("read its snapshot table")?;
             let entry = Snapshot::parse(&fixed, &variable)?;
+            let needed = header.geometry.l1_entries(entry.disk_size.unwrap_or(0));
+            if needed > MAX_L1_BYTES / 8 {
+                return Err(Error::invalid("snapshot's disk_size", "no L1 table can map so much"));
+            }
             table.bytes.extend(fixed);
             table.bytes.extend(variable);
             table.bytes.resize(table.bytes.len().next_multiple_of(8), 0);

@@ -18,12 +18,23 @@ pub struct Table {
 }
 
 impl Table {
-    /// Reads a table of `len` entries.
+    /// Reads a table of `len` entries for looking at.
+    ///
+    /// What lies behind the end of the file is zero and takes no memory: a small file can't ask for much.
     pub fn read(store: &dyn Store, offset: HostOffset, len: usize) -> Result<Self> {
-        let mut bytes = vec![0; len * 8];
+        let file_len = store.len().doing("find out its length")?;
+        let inside = file_len.saturating_sub(offset.get()).div_ceil(8);
+        let mut bytes = vec![0; len.min(inside as usize) * 8];
         store.read_at(&mut bytes, offset).doing("read a table of its metadata")?;
         let entries = bytes.chunks_exact(8).map(|entry| be_u64(entry, 0)).collect();
         Ok(Self::new(offset, entries))
+    }
+
+    /// Reads a table of `len` entries for changing.
+    pub fn read_whole(store: &dyn Store, offset: HostOffset, len: usize) -> Result<Self> {
+        let mut table = Self::read(store, offset, len)?;
+        table.entries.resize(len, 0);
+        Ok(table)
     }
 
     /// A table that agrees with the file.
@@ -36,7 +47,7 @@ impl Table {
         self.offset
     }
 
-    /// All entries.
+    /// All entries, but for those that a table read for looking at may lack at its end: they are 0.
     pub fn entries(&self) -> &[u64] {
         &self.entries
     }

@@ -4,6 +4,7 @@ use super::features::FEATURE_NAMES;
 use crate::error::{Error, Result};
 
 const END: u32 = 0;
+const BITMAPS: u32 = 0x2385_2875;
 const BACKING_FORMAT: u32 = 0xe279_2aca;
 const DATA_FILE_NAME: u32 = 0x4441_5441;
 const FEATURE_NAME_TABLE: u32 = 0x6803_f857;
@@ -15,6 +16,8 @@ const FEATURE_NAME_LEN: usize = 48;
 pub enum Extension {
     /// The format of the backing file, in QEMU's words: "qcow2", "raw".
     BackingFormat(String),
+    /// Where the bitmap directory is, as raw data: it counts only under its autoclear bit.
+    Bitmaps(Vec<u8>),
     /// The name of the external data file.
     DataFileName(Vec<u8>),
     /// Names of feature bits, as raw 48-byte entries.
@@ -64,6 +67,7 @@ impl Extension {
                 })?;
                 Self::BackingFormat(name.to_owned())
             }
+            BITMAPS => Self::Bitmaps(data.to_vec()),
             DATA_FILE_NAME => Self::DataFileName(data.to_vec()),
             FEATURE_NAME_TABLE => Self::FeatureNames(data.to_vec()),
             _ => Self::Other { kind, data: data.to_vec() },
@@ -75,6 +79,7 @@ impl Extension {
         for extension in extensions {
             let (kind, data) = match extension {
                 Self::BackingFormat(name) => (BACKING_FORMAT, name.as_bytes()),
+                Self::Bitmaps(data) => (BITMAPS, &data[..]),
                 Self::DataFileName(name) => (DATA_FILE_NAME, &name[..]),
                 Self::FeatureNames(table) => (FEATURE_NAME_TABLE, &table[..]),
                 Self::Other { kind, data } => (*kind, &data[..]),

@@ -5,8 +5,9 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::features::incompatible_name;
 use super::{
-    AutoclearFeatures, CompatibleFeatures, Compression, DataPlace, EntryRules, Extension, Geometry,
-    IncompatibleFeatures, L2Form, MAX_L1_BYTES, MAX_REFTABLE_BYTES, MAX_SNAPSHOTS, ZeroFlag,
+    AutoclearFeatures, BitmapDirectory, CompatibleFeatures, Compression, DataPlace, EntryRules,
+    Extension, Geometry, IncompatibleFeatures, L2Form, MAX_L1_BYTES, MAX_REFTABLE_BYTES,
+    MAX_SNAPSHOTS, ZeroFlag,
 };
 use crate::error::{Error, Problem, Result};
 use crate::units::HostOffset;
@@ -288,6 +289,21 @@ impl Header {
             Extension::DataFileName(name) => Some(&name[..]),
             _ => None,
         })
+    }
+
+    /// Where the directory of the persistent bitmaps is; `None` if there are none, or none that count.
+    ///
+    /// # Errors
+    /// As [`BitmapDirectory::parse`].
+    pub fn bitmap_directory(&self) -> Result<Option<BitmapDirectory>> {
+        if !self.autoclear.contains(AutoclearFeatures::BITMAPS) {
+            return Ok(None);
+        }
+        let data = self.extensions.iter().find_map(|extension| match extension {
+            Extension::Bitmaps(data) => Some(data),
+            _ => None,
+        });
+        data.map(|data| BitmapDirectory::parse(data, self.geometry.cluster_size())).transpose()
     }
 
     /// What the L2 entries mean.

@@ -3,6 +3,7 @@
 //! Section names in the comments are those of the public qcow2 specification (QEMU's `docs/interop/qcow2`).
 //! Nothing here panics on hostile bytes.
 
+mod bitmap;
 mod compression;
 mod entry;
 mod extension;
@@ -12,6 +13,7 @@ mod header;
 pub mod refcount;
 mod snapshot;
 
+pub use bitmap::{Bitmap, BitmapDirectory, BitmapFlags};
 pub use compression::{Compression, decompress};
 pub use entry::{
     CompressedCluster, DataPlace, EntryRules, ExtendedL2Entry, L1Entry, L2Entry, ZeroFlag,

@@ -169,3 +169,26 @@ fn endless_rewriting_does_not_make_the_file_longer() {
     }
     assert_eq!(lengths[1], lengths[19]);
 }
+
+#[test]
+fn a_snapshot_that_claims_to_be_huge_is_mapped_in_one_step() {
+    let shape = shape(Version::V3, 9, 4, 64 << 10, 0);
+    let store = Arc::new(MemoryStore::new(shape.create()));
+    let image = open(store.clone()).unwrap();
+    image.create_snapshot("huge").unwrap();
+    let table = image.header().snapshots_offset.get() as usize;
+    drop(image);
+    let mut bytes = store.bytes();
+    let size = 100_u64 << 30;
+    bytes[table + 48..table + 56].copy_from_slice(&size.to_be_bytes());
+    let image = Image::open(Arc::new(MemoryStore::new(bytes.clone())), Writability::ReadOnly);
+    let image = image.unwrap();
+    let snapshot = &image.snapshots()[0];
+    assert_eq!(snapshot.size(), size);
+    let range = GuestRange::new(GuestOffset::ZERO, size);
+    let run = image.map(super::super::Tree::Snapshot(snapshot), range).unwrap();
+    assert_eq!(run.len, size);
+    // What no L1 table could map is refused by its field.
+    bytes[table + 48..table + 56].fill(0x7f);
+    assert!(Image::open(Arc::new(MemoryStore::new(bytes)), Writability::ReadOnly).is_err());
+}
