@@ -50,8 +50,25 @@ pub(super) enum Before {
 pub(super) enum Allocation {
     /// Clusters with a refcount of one.
     Run(Clusters),
-    /// The refcount table has no room for another block: it must grow first.
-    TableFull,
+    /// The refcount table must grow first.
+    TableFull(TableFull),
+}
+
+/// The refcount table has no room for another block.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct TableFull {
+    /// The entries that it had when that was found.
+    pub entries: usize,
+}
+
+/// A place for a longer refcount table.
+pub(super) struct LongerTable {
+    /// Index of the first new refcount block.
+    first_block: u64,
+    /// New blocks, which lie one behind the other, the table behind them.
+    blocks: u64,
+    table_clusters: u64,
+    entries: u64,
 }
 
 impl Allocator {
@@ -67,7 +84,8 @@ impl Allocator {
         wanted: u64,
     ) -> Result<Allocation> {
         let Some((first, count)) = self.find_free(pages, store, wanted)? else {
-            return Ok(Allocation::TableFull);
+            let entries = self.reftable.entries().len();
+            return Ok(Allocation::TableFull(TableFull { entries }));
         };
         let start = self.host(first);
         let len = count * self.geometry.cluster_size();
@@ -299,21 +317,17 @@ impl Allocator {
         self.set_refcount(pages, store, at, 1)
     }
 
-    /// Writes a longer refcount table, with the blocks that describe it, behind everything that the old one can
-    /// describe, and makes them durable. The header still names the old one.
+    /// Finds a place for a longer refcount table: behind everything that the old one can describe.
     ///
     /// # Errors
-    /// A table at its greatest size (8 MiB), besides failing writes.
-    pub fn build_longer_table(&mut self, store: &dyn Store) -> Result<Table> {
+    /// A table at its greatest size (8 MiB).
+    pub fn plan_longer_table(&self) -> Result<LongerTable> {
         let geometry = self.geometry;
-        let (cluster_size, per_block) = (geometry.cluster_size(), geometry.refcounts_per_block());
-        let old = self.reftable.entries();
-        let file_clusters = geometry.clusters(self.file_len);
-        let first_block = (old.len() as u64).max(file_clusters.div_ceil(per_block));
-        let first = first_block * per_block;
-
-        let mut entries = (old.len() as u64 * 2).max(first_block + 1);
-        let (table_clusters, blocks) = loop {
+        let per_block = geometry.refcounts_per_block();
+        let old = self.reftable.entries().len() as u64;
+        let first_block = old.max(geometry.clusters(self.file_len).div_ceil(per_block));
+        let mut entries = (old * 2).min(MAX_REFTABLE_BYTES / 8).max(first_block + 1);
+        loop {
             if entries * 8 > MAX_REFTABLE_BYTES {
                 let full = std::io::Error::from_raw_os_error(libc::EFBIG);
                 return Err(Error::io("make its refcount table longer", full));
@@ -321,41 +335,60 @@ impl Allocator {
             let table_clusters = geometry.clusters(entries * 8);
             // Each block describes itself, too.
             let blocks = table_clusters.div_ceil(per_block - 1);
-            entries = table_clusters * (cluster_size / 8);
+            entries = table_clusters * (geometry.cluster_size() / 8);
             if first_block + blocks <= entries {
-                break (table_clusters, blocks);
+                return Ok(LongerTable { first_block, blocks, table_clusters, entries });
             }
-            entries += blocks;
-        };
+            entries = first_block + blocks;
+        }
+    }
 
-        let in_use = blocks + table_clusters;
-        let mut new = old.to_vec();
-        new.resize(entries as usize, 0);
-        let block_bytes: Vec<(HostOffset, Vec<u8>)> = (0..blocks)
-            .map(|block| {
-                let mut bytes = vec![0; cluster_size as usize];
-                for index in 0..in_use.saturating_sub(block * per_block).min(per_block) {
-                    refcount::set(&mut bytes, index as usize, geometry.refcount_order(), 1);
-                }
-                let host = self.host(first + block);
-                new[(first_block + block) as usize] = host.get();
-                (host, bytes)
-            })
-            .collect();
-        let table = Table::new(self.host(first + blocks), new);
+    /// Writes a longer refcount table and the blocks that describe it, and makes them durable. The header still names
+    /// the old one.
+    ///
+    /// Invariant: the table on disk names only blocks that are there. Blocks that the next flush will write are named
+    /// by the table that it writes.
+    pub fn write_longer_table(
+        &mut self,
+        pages: &mut Pages,
+        store: &dyn Store,
+        place: &LongerTable,
+    ) -> Result<Table> {
+        let cluster_size = self.geometry.cluster_size();
+        let per_block = self.geometry.refcounts_per_block();
+        let (first, in_use) = (place.first_block * per_block, place.blocks + place.table_clusters);
         self.grow_file(store, self.host(first + in_use).get())?;
-        for (host, bytes) in block_bytes {
+        let mut entries = self.reftable.entries().to_vec();
+        entries.resize(place.entries as usize, 0);
+        for block in 0..place.blocks {
+            let mut bytes = vec![0; cluster_size as usize];
+            for index in 0..in_use.saturating_sub(block * per_block).min(per_block) {
+                refcount::set(&mut bytes, index as usize, self.geometry.refcount_order(), 1);
+            }
+            let host = self.host(first + block);
+            entries[(place.first_block + block) as usize] = host.get();
+            pages.forget(host, cluster_size);
             self.layout.claim(host, cluster_size, Owner::RefcountBlock)?;
             self.layout.check(Owner::RefcountBlock, host, bytes)?.perform(store)?;
         }
+        let mut not_there_yet = Vec::new();
+        for (index, entry) in entries.iter_mut().enumerate() {
+            if pages.is_new(HostOffset::new(*entry & BLOCK_OFFSET_MASK)) {
+                not_there_yet.push((index, std::mem::take(entry)));
+            }
+        }
+        let mut table = Table::new(self.host(first + place.blocks), entries);
         self.layout.claim(table.offset(), table.byte_len(), Owner::RefcountTable)?;
         let bytes = table.entries().iter().flat_map(|entry| entry.to_be_bytes()).collect();
         self.layout.check(Owner::RefcountTable, table.offset(), bytes)?.perform(store)?;
         store.sync().doing("make its refcount table durable")?;
+        for (index, entry) in not_there_yet {
+            table.set(index, entry);
+        }
         Ok(table)
     }
 
-    /// Goes over to a table from [`Self::build_longer_table`] that the header names by now.
+    /// Goes over to a table from [`Self::write_longer_table`] that the header names by now.
     pub fn use_table(&mut self, new: Table) {
         let old = std::mem::replace(&mut self.reftable, new);
         self.layout.release(old.offset(), old.byte_len());

@@ -12,6 +12,7 @@
 use std::sync::atomic::Ordering;
 
 use super::Image;
+use super::allocate::TableFull;
 use super::layout::{CheckedWrite, Owner};
 use super::metadata::Metadata;
 use super::pages::{Dirty, Kind};
@@ -27,7 +28,13 @@ impl Image {
     /// longer known, and a second `fdatasync` would claim success for lost pages.
     pub fn flush(&self) -> Result<()> {
         let _one_at_a_time = self.flushing.lock().unwrap_or_else(|lock| lock.into_inner());
-        self.flush_alone()
+        // Before anything else: once a sync has failed, "nothing to write" is no success.
+        self.check_open_for_writing()?;
+        if !self.has_unwritten() {
+            return Ok(());
+        }
+        // From here on a failure leaves the file in a state that only a new open can find out.
+        self.write_out().map_err(|error| self.close_for_writing(self.note(error)))
     }
 
     /// Flushes until not even freed clusters wait to be written: what a clean close needs.
@@ -35,6 +42,7 @@ impl Image {
     /// # Errors
     /// As [`Image::flush`].
     pub fn flush_all(&self) -> Result<()> {
+        self.flush()?;
         while self.has_unwritten() {
             self.flush()?;
         }
@@ -50,16 +58,6 @@ impl Image {
             || metadata.allocator.as_ref().is_some_and(|allocator| {
                 allocator.reftable.is_dirty() || allocator.has_unreferenced()
             })
-    }
-
-    /// [`Image::flush`] for a caller that holds the flush lock.
-    pub(super) fn flush_alone(&self) -> Result<()> {
-        if !self.has_unwritten() {
-            return Ok(());
-        }
-        self.check_open_for_writing()?;
-        // From here on a failure leaves the file in a state that only a new open can find out.
-        self.write_out().map_err(|error| self.close_for_writing(error))
     }
 
     fn write_out(&self) -> Result<()> {
@@ -98,7 +96,10 @@ impl Image {
         // Punched before they count as free: a late punch would hit the next owner's data.
         let cluster_size = self.geometry.cluster_size();
         for run in last.chunk_by(|a, b| *b - *a == cluster_size) {
-            if let Err(error) = store.punch_hole(run[0], run.len() as u64 * cluster_size) {
+            let len = run.len() as u64 * cluster_size;
+            // A table that something claimed as data must not be punched away.
+            self.metadata().writer()?.0.layout.check_data(run[0], len)?;
+            if let Err(error) = store.punch_hole(run[0], len) {
                 log::warn!("could not give space back to the host: {error}");
             }
         }
@@ -110,25 +111,26 @@ impl Image {
         allocator.unreference(pages, store, clusters)
     }
 
-    /// Makes the refcount table longer, so that clusters behind what it describes can be allocated.
+    /// Makes the refcount table longer, so that clusters behind what it describes can be allocated, unless somebody else
+    /// has done so since it was found `full`.
     ///
     /// The new table and the blocks that describe it lie behind everything else, durable before the header names them.
-    pub(super) fn grow_refcount_table(&self) -> Result<()> {
+    pub(super) fn grow_refcount_table(&self, full: TableFull) -> Result<()> {
+        // A flush under way would write to the old table after it was left.
         let _one_at_a_time = self.flushing.lock().unwrap_or_else(|lock| lock.into_inner());
-        // The new table must name only blocks that are durable.
-        self.flush_alone()?;
         self.check_open_for_writing()?;
-        let moved = self.move_refcount_table(&mut self.metadata());
-        moved.map_err(|error| self.close_for_writing(error))
-    }
-
-    fn move_refcount_table(&self, metadata: &mut Metadata) -> Result<()> {
-        let (allocator, _) = metadata.writer()?;
-        let table = allocator.build_longer_table(&*self.store)?;
+        let store = &*self.store;
+        let mut metadata = self.metadata();
+        let (allocator, pages) = metadata.writer()?;
+        if allocator.reftable.entries().len() > full.entries {
+            return Ok(());
+        }
+        let place = allocator.plan_longer_table()?;
+        let table = self.closing_on_error(allocator.write_longer_table(pages, store, &place))?;
         let clusters = self.geometry.clusters(table.byte_len()) as u32;
         let mut field = table.offset().get().to_be_bytes().to_vec();
         field.extend(clusters.to_be_bytes());
-        self.write_header_field(metadata, offsets::REFTABLE, field)?;
+        self.write_header_field(&mut metadata, offsets::REFTABLE, field)?;
         metadata.header.reftable_offset = table.offset();
         metadata.header.reftable_clusters = clusters;
         let (allocator, _) = metadata.writer()?;
@@ -137,6 +139,9 @@ impl Image {
     }
 
     /// Changes a field of the header and makes it durable.
+    ///
+    /// # Errors
+    /// Whether the header has the new value is not known then; the image is closed for writing.
     pub(super) fn write_header_field(
         &self,
         metadata: &mut Metadata,
@@ -144,11 +149,13 @@ impl Image {
         bytes: Vec<u8>,
     ) -> Result<()> {
         let (allocator, _) = metadata.writer()?;
-        allocator.layout.check(Owner::Header, field, bytes)?.perform(&*self.store)?;
-        self.store.sync().doing("make its header durable")
+        let write = allocator.layout.check(Owner::Header, field, bytes);
+        let written = write.and_then(|write| write.perform(&*self.store));
+        let synced = written.and_then(|()| self.store.sync().doing("make its header durable"));
+        self.closing_on_error(synced)
     }
 
-    /// Marks the image corrupt if `error` says that it is, and closes it for writing.
+    /// Marks the image corrupt if `error` says that it is, and closes it for writing. Called without locks.
     pub(super) fn note(&self, error: Error) -> Error {
         if matches!(error.problem(), Problem::Corrupt { .. }) && self.is_writable() {
             log::error!("{error}");
@@ -159,10 +166,15 @@ impl Image {
         error
     }
 
+    /// Closes the image for writing if `result` is an error: a write or sync of metadata has failed.
+    pub(super) fn closing_on_error<T>(&self, result: Result<T>) -> Result<T> {
+        result.map_err(|error| self.close_for_writing(error))
+    }
+
     fn close_for_writing(&self, error: Error) -> Error {
-        log::error!("no more writes are taken: {error}");
-        let error = self.note(error);
-        self.closed.store(true, Ordering::Release);
+        if !self.closed.swap(true, Ordering::AcqRel) {
+            log::error!("no more writes are taken: {error}");
+        }
         error
     }
 

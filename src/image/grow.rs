@@ -34,11 +34,18 @@ impl Image {
             return Err(Error::unsupported("growing a version 2 image that has snapshots"));
         }
         self.begin_change()?;
+        self.grow_to(below, size).map_err(|error| self.note(error))
+    }
+
+    fn grow_to(&self, below: &dyn Below, size: u64) -> Result<()> {
+        // Nobody reads or writes meanwhile: what the new part holds is settled when the first can.
+        let _disk = self.claim_disk();
+        let old_size = self.size();
         self.grow_l1(self.geometry.l1_entries(size) as usize)?;
         // Zeroed before the header says that it is there: a crash in between changes nothing that can be seen.
         self.size.store(size, Ordering::Release);
-        let new = GuestRange::new(GuestOffset::new(old_size), size - old_size);
-        let prepared = self.hide_below(below, new).and_then(|()| self.flush());
+        let new = GuestRange::new(GuestOffset::new(old_size), size.saturating_sub(old_size));
+        let prepared = self.hide_old_bytes(below, new).and_then(|()| self.flush());
         if let Err(error) = prepared.and_then(|()| self.write_size(size)) {
             self.size.store(old_size, Ordering::Release);
             return Err(error);
@@ -47,16 +54,20 @@ impl Image {
         Ok(())
     }
 
-    /// Makes the new part of the disk read as zero: the rest of the old last cluster, and all that would show through.
-    fn hide_below(&self, below: &dyn Below, new: GuestRange) -> Result<()> {
-        let in_old_cluster = new.start.get().next_multiple_of(self.geometry.cluster_size());
-        let rest = in_old_cluster.min(new.end().get()) - new.start.get();
-        self.zero(below, GuestRange::new(new.start, rest), ZeroMode::Unmap)?;
-        let behind = GuestRange::new(new.start + rest, new.len - rest);
-        if behind.is_empty() || below.is_zero(behind)? {
+    /// Makes the new part of the disk read as zero: the rest of the old last cluster, what clusters behind it held,
+    /// and all that would show through.
+    fn hide_old_bytes(&self, below: &dyn Below, new: GuestRange) -> Result<()> {
+        let cluster_size = self.geometry.cluster_size();
+        let old_cluster_end = new.start.get().next_multiple_of(cluster_size).min(new.end().get());
+        let rest = GuestRange::new(new.start, old_cluster_end - new.start.get());
+        if !rest.is_empty() {
+            self.zero_claimed(below, rest, ZeroMode::Unmap)?;
+        }
+        let behind = GuestRange::new(rest.end(), new.len - rest.len);
+        if behind.is_empty() || self.is_zero(below, behind)? {
             return Ok(());
         }
-        self.zero(below, behind, ZeroMode::Unmap)
+        self.zero_claimed(below, behind, ZeroMode::Unmap)
     }
 
     fn write_size(&self, size: u64) -> Result<()> {
@@ -66,12 +77,11 @@ impl Image {
         Ok(())
     }
 
-    /// Moves the L1 table to a place with room for `len` entries, if it has fewer.
+    /// Moves the L1 table to a place with room for `len` entries, if it has fewer. The caller holds the whole disk.
     fn grow_l1(&self, len: usize) -> Result<()> {
         if self.metadata().l1.entries().len() >= len {
             return Ok(());
         }
-        let _disk = self.claim_disk();
         // What the new table names must be durable before it is.
         self.flush()?;
         let place = self.allocate_contiguous(self.geometry.clusters(len as u64 * 8))?;
@@ -83,8 +93,10 @@ impl Image {
         let bytes: Vec<u8> = entries.iter().flat_map(|entry| entry.to_be_bytes()).collect();
         let (allocator, _) = metadata.writer()?;
         allocator.layout.claim(place.start, bytes.len() as u64, Owner::ActiveL1)?;
-        allocator.layout.check(Owner::ActiveL1, place.start, bytes)?.perform(&*self.store)?;
-        self.store.sync().doing("make its L1 table durable")?;
+        let write = allocator.layout.check(Owner::ActiveL1, place.start, bytes)?;
+        let written = write.perform(&*self.store);
+        let synced = written.and_then(|()| self.store.sync().doing("make its L1 table durable"));
+        self.closing_on_error(synced)?;
         let mut field = (len as u32).to_be_bytes().to_vec();
         field.extend(place.start.get().to_be_bytes());
         self.write_header_field(&mut metadata, offsets::L1, field)?;

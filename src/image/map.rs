@@ -3,7 +3,7 @@
 use super::Image;
 use super::metadata::Metadata;
 use super::pages::read_page;
-use super::snapshots::SnapshotTree;
+use super::snapshots::{SnapshotL1, SnapshotTree};
 use crate::error::{Error, Result};
 use crate::qcow2::{CompressedCluster, ExtendedL2Entry, L1Entry, L2Entry, L2Form, be_u64};
 use crate::units::{GuestRange, HostOffset};
@@ -67,15 +67,11 @@ impl Image {
     /// # Errors
     /// Failing reads of tables; impossible entries, which also mark the image corrupt if it is open for writing.
     pub fn map(&self, tree: Tree<'_>, range: GuestRange) -> Result<Run> {
-        let snapshot_l1 = match tree {
-            Tree::Active => None,
-            Tree::Snapshot(snapshot) => Some(snapshot.l1(&*self.store)?),
-        };
         loop {
             let mut metadata = self.metadata();
-            let lookup = match snapshot_l1 {
-                None => metadata.lookup_active(range),
-                Some(l1) => metadata.lookup(l1, range),
+            let lookup = match tree {
+                Tree::Active => metadata.lookup_active(range),
+                Tree::Snapshot(snapshot) => metadata.lookup_snapshot(snapshot.l1(), range),
             };
             let epoch = metadata.pages.epoch();
             let page_size = metadata.pages.page_size();
@@ -107,30 +103,40 @@ pub(super) enum Lookup {
 impl Metadata {
     /// The first run of `range` at the present.
     pub(super) fn lookup_active(&mut self, range: GuestRange) -> Result<Lookup> {
-        let entry = self.l1.get(self.geometry.l1_index(range.start));
-        if let L1Entry::Table { host, .. } = L1Entry::decode(entry, self.geometry)? {
+        let first = self.geometry.l1_index(range.start);
+        if let L1Entry::Table { host, .. } = L1Entry::decode(self.l1.get(first), self.geometry)? {
             return self.lookup_l2(host, range);
         }
-        Ok(Lookup::Found(self.unallocated_run(self.l1.entries(), range)))
-    }
-
-    /// The first run of `range` in the tree that `l1` is the root of.
-    pub(super) fn lookup(&mut self, l1: &[u64], range: GuestRange) -> Result<Lookup> {
-        let entry = l1.get(self.geometry.l1_index(range.start)).copied().unwrap_or(0);
-        match L1Entry::decode(entry, self.geometry)? {
-            L1Entry::Table { host, .. } => self.lookup_l2(host, range),
-            L1Entry::Unallocated => Ok(Lookup::Found(self.unallocated_run(l1, range))),
-        }
-    }
-
-    /// The run of absent L2 tables that `range` begins with.
-    fn unallocated_run(&self, l1: &[u64], range: GuestRange) -> Run {
-        let first = self.geometry.l1_index(range.start);
         // A table may be shorter than the disk: behind its end nothing is allocated.
-        let rest = l1.get(first..).unwrap_or_default();
-        let absent = rest.iter().position(|&entry| entry != 0).map(|absent| absent.max(1) as u64);
+        let rest = self.l1.entries().get(first..).unwrap_or_default();
+        let absent = rest.iter().position(|&entry| entry != 0);
+        Ok(Lookup::Found(self.unallocated_run(range, first, absent)))
+    }
+
+    /// The first run of `range` in a snapshot.
+    fn lookup_snapshot(&mut self, l1: SnapshotL1, range: GuestRange) -> Result<Lookup> {
+        let first = self.geometry.l1_index(range.start);
+        if first >= l1.entries {
+            return Ok(Lookup::Found(self.unallocated_run(range, first, None)));
+        }
+        let at = first as u64 * 8;
+        let in_page = at % self.pages.page_size();
+        let page_at = l1.offset + (at - in_page);
+        let Some(page) = self.pages.get(page_at) else { return Ok(Lookup::Missing(page_at)) };
+        let entries = &page[in_page as usize..];
+        if let L1Entry::Table { host, .. } = L1Entry::decode(be_u64(entries, 0), self.geometry)? {
+            return self.lookup_l2(host, range);
+        }
+        // What is behind this page, or behind the table in it, is another run.
+        let here = (entries.len() / 8).min(l1.entries - first);
+        let absent = (0..here).find(|&index| be_u64(entries, index) != 0);
+        Ok(Lookup::Found(self.unallocated_run(range, first, Some(absent.unwrap_or(here)))))
+    }
+
+    /// The run of `absent` L2 tables from `first` on that `range` begins with; all of it if that is `None`.
+    fn unallocated_run(&self, range: GuestRange, first: usize, absent: Option<usize>) -> Run {
         let end = absent.map_or(u64::MAX, |absent| {
-            (first as u64 + absent).saturating_mul(self.geometry.l2_span())
+            ((first + absent.max(1)) as u64).saturating_mul(self.geometry.l2_span())
         });
         let len = end.min(range.end().get()) - range.start.get();
         Run { len, content: Content::Unallocated { kept: None } }

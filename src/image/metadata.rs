@@ -1,6 +1,6 @@
 //! The tables of an open image: what is in memory of them, and changes of the mapping.
 
-use super::allocate::{Allocation, Allocator};
+use super::allocate::{Allocation, Allocator, TableFull};
 use super::map::Place;
 use super::pages::{Kind, Pages};
 use super::table::Table;
@@ -58,7 +58,7 @@ impl Metadata {
         let (allocator, pages) = self.writer()?;
         let host = match allocator.allocate_table(pages, store)? {
             Allocation::Run(run) => run.start,
-            Allocation::TableFull => return Ok(Prepared::TableFull),
+            Allocation::TableFull(full) => return Ok(Prepared::TableFull(full)),
         };
         let page_size = pages.page_size();
         for at in (0..self.geometry.cluster_size()).step_by(page_size as usize) {
@@ -128,8 +128,8 @@ impl NewEntry {
 pub(super) enum Prepared {
     /// It is.
     Ready,
-    /// The refcount table has no room for another block: it must grow first.
-    TableFull,
+    /// The refcount table must grow first.
+    TableFull(TableFull),
 }
 
 /// The host clusters that an L2 entry holds a reference to.

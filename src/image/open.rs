@@ -99,9 +99,9 @@ impl Image {
         let mut metadata = self.metadata();
         // Autoclear bits say "no writer without this feature has been here". None of them is maintained yet.
         if !metadata.header.autoclear.is_empty() {
-            metadata.header.autoclear = AutoclearFeatures::empty();
             let bits = AutoclearFeatures::empty().bits().to_be_bytes().to_vec();
             self.write_header_field(&mut metadata, offsets::AUTOCLEAR, bits)?;
+            metadata.header.autoclear = AutoclearFeatures::empty();
         }
         *begun = true;
         Ok(())
@@ -183,10 +183,11 @@ fn open_allocator(
     }
     let table_len = snapshots.bytes.len() as u64;
     layout.claim(header.snapshots_offset, table_len, Owner::SnapshotTable)?;
+    let file_len = store.len().doing("find out its length")?;
     for snapshot in &snapshots.trees {
+        snapshot.check_l1(file_len)?;
         let entry = snapshot.entry();
         layout.claim(entry.l1_offset, u64::from(entry.l1_entries) * 8, Owner::SnapshotL1)?;
     }
-    let file_len = store.len().doing("find out its length")?;
     Ok(Allocator::new(geometry, reftable, layout, file_len))
 }

@@ -120,6 +120,12 @@ impl Pages {
         self.dirty.insert(at, Dirty { bytes, kind, change });
     }
 
+    /// Whether the table that begins at `at` is one that the file does not have yet.
+    pub fn is_new(&self, at: HostOffset) -> bool {
+        let kind = self.dirty.get(&at).map(|dirty| dirty.kind);
+        matches!(kind, Some(Kind::NewRefcountBlock | Kind::NewL2))
+    }
+
     /// How many pages differ from the file.
     pub fn dirty_count(&self) -> usize {
         self.dirty.len()

@@ -1,7 +1,7 @@
 //! Internal snapshots: the table, their trees, and making a new one.
 
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, OnceLock, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::Image;
@@ -9,7 +9,6 @@ use super::allocate::Clusters;
 use super::layout::Owner;
 use super::metadata::{Metadata, host_clusters};
 use super::pages::Kind;
-use super::table::Table;
 use crate::error::{Doing, Error, Result};
 use crate::qcow2::{
     Header, L1Entry, L2Entry, MAX_L1_BYTES, MAX_SNAPSHOT_TABLE_BYTES, MAX_SNAPSHOTS,
@@ -25,14 +24,13 @@ pub struct SnapshotTree {
     entry: Snapshot,
     size: u64,
     cluster_size: u64,
-    l1: OnceLock<Vec<u64>>,
 }
 
 impl SnapshotTree {
     fn new(entry: Snapshot, header: &Header) -> Self {
         let size = entry.disk_size.unwrap_or(header.size) & !511;
         let cluster_size = header.geometry.cluster_size();
-        Self { entry, size, cluster_size, l1: OnceLock::new() }
+        Self { entry, size, cluster_size }
     }
 
     /// What the snapshot table says of it.
@@ -45,21 +43,39 @@ impl SnapshotTree {
         self.size
     }
 
-    /// The L1 table, read at first use.
-    pub(super) fn l1(&self, store: &dyn Store) -> Result<&[u64]> {
-        if let Some(l1) = self.l1.get() {
-            return Ok(l1);
-        }
-        let Snapshot { l1_offset, l1_entries, .. } = self.entry;
-        if u64::from(l1_entries) * 8 > MAX_L1_BYTES {
+    /// Where the L1 table is.
+    pub(super) fn l1(&self) -> SnapshotL1 {
+        SnapshotL1 { offset: self.entry.l1_offset, entries: self.entry.l1_entries as usize }
+    }
+
+    /// Checks that the L1 table can be used.
+    ///
+    /// # Errors
+    /// A table that is not cluster-aligned, above 32 MiB, or behind the end of a file of `file_len` bytes.
+    pub(super) fn check_l1(&self, file_len: u64) -> Result<()> {
+        let SnapshotL1 { offset, entries } = self.l1();
+        let len = entries as u64 * 8;
+        if len > MAX_L1_BYTES {
             return Err(Error::invalid("snapshot's l1_size", "the L1 table is above 32 MiB"));
         }
-        if !l1_offset.is_aligned(self.cluster_size) {
+        if !offset.is_aligned(self.cluster_size) {
             return Err(Error::invalid("snapshot's l1_table_offset", "it is not cluster-aligned"));
         }
-        let table = Table::read(store, l1_offset, l1_entries as usize)?;
-        Ok(self.l1.get_or_init(|| table.entries().to_vec()))
+        if offset.checked_add(len).is_none_or(|end| end.get() > file_len) {
+            return Err(Error::invalid(
+                "snapshot's l1_table_offset",
+                "the L1 table lies behind the end of the file",
+            ));
+        }
+        Ok(())
     }
+}
+
+/// The L1 table of a snapshot. It is read page by page: an image may have many, each of megabytes.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct SnapshotL1 {
+    pub offset: HostOffset,
+    pub entries: usize,
 }
 
 /// The snapshot table of an image: the bytes as they are, so that rewriting it keeps what is not understood.
@@ -109,6 +125,10 @@ impl Image {
     /// # Errors
     /// An empty or overlong name or one that is taken, too many snapshots, refcounts too narrow to share clusters.
     pub fn create_snapshot(&self, name: &str) -> Result<Arc<SnapshotTree>> {
+        self.snapshot_disk(name).map_err(|error| self.note(error))
+    }
+
+    fn snapshot_disk(&self, name: &str) -> Result<Arc<SnapshotTree>> {
         let _disk = self.claim_disk();
         self.begin_change()?;
         self.check_new_name(name)?;
@@ -186,7 +206,8 @@ impl Image {
         let mut metadata = self.metadata();
         let (allocator, _) = metadata.writer()?;
         allocator.layout.claim(place.start, bytes.len() as u64, owner)?;
-        allocator.layout.check(owner, place.start, bytes)?.perform(&*self.store)?;
+        let write = allocator.layout.check(owner, place.start, bytes)?;
+        self.closing_on_error(write.perform(&*self.store))?;
         self.unsynced.store(true, Ordering::Release);
         Ok(())
     }

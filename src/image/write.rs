@@ -10,7 +10,7 @@ use super::allocate::{Allocation, Before, Clusters};
 use super::map::{Content, Tree};
 use super::metadata::{NewEntry, Prepared};
 use super::{Below, Image};
-use crate::error::{Doing, Error, Result};
+use crate::error::{Doing, Result};
 use crate::units::{GuestOffset, GuestRange, HostOffset};
 
 /// Dirty metadata pages after which a writer flushes, so that a crash loses little and memory is bounded (8 MiB).
@@ -23,6 +23,10 @@ impl Image {
     /// A range outside the disk; no space (the disk is then as before, or partly written as on any disk); an image
     /// that takes no writes.
     pub fn write(&self, below: &dyn Below, offset: GuestOffset, data: &[u8]) -> Result<()> {
+        self.write_anywhere(below, offset, data).map_err(|error| self.note(error))
+    }
+
+    fn write_anywhere(&self, below: &dyn Below, offset: GuestOffset, data: &[u8]) -> Result<()> {
         let range = GuestRange::new(offset, data.len() as u64);
         self.check_inside(range)?;
         self.begin_change()?;
@@ -117,26 +121,29 @@ impl Image {
     /// Allocates `count` clusters that lie one behind the other, for a table.
     pub(super) fn allocate_contiguous(&self, count: u64) -> Result<Clusters> {
         let cluster_size = self.geometry.cluster_size();
-        let mut fragments = Vec::new();
-        let mut run: Option<Clusters> = None;
-        while run.is_none_or(|run| run.count < count) {
-            let have = run.map_or(0, |run| run.count);
-            let more = self.allocate_any(count - have)?;
-            run = Some(match run {
+        // What is in the way of a long run is held until one is found, so that the search gets on.
+        let mut fragments: Vec<Clusters> = Vec::new();
+        let found = loop {
+            let have = fragments.last().map_or(0, |run| run.count);
+            let more = match self.allocate_any(count - have) {
+                Ok(more) => more,
+                Err(error) => break Err(error),
+            };
+            match fragments.last_mut() {
                 Some(run) if run.start + run.count * cluster_size == more.start => {
-                    Clusters { count: run.count + more.count, ..run }
+                    run.count += more.count;
                 }
-                Some(fragment) => {
-                    fragments.push(fragment);
-                    more
-                }
-                None => more,
-            });
-        }
+                _ => fragments.push(more),
+            }
+            match fragments.pop() {
+                Some(run) if run.count >= count => break Ok(run),
+                run => fragments.extend(run),
+            }
+        };
         for fragment in fragments {
             self.take_back(fragment)?;
         }
-        run.ok_or_else(|| Error::usage("a table of no clusters"))
+        found
     }
 
     /// Allocates between 1 and `wanted` neighbouring clusters.
@@ -144,11 +151,13 @@ impl Image {
         loop {
             let mut metadata = self.metadata();
             let (allocator, pages) = metadata.writer()?;
-            if let Allocation::Run(run) = allocator.allocate(pages, &*self.store, wanted)? {
-                return Ok(run);
+            match allocator.allocate(pages, &*self.store, wanted)? {
+                Allocation::Run(run) => return Ok(run),
+                Allocation::TableFull(full) => {
+                    drop(metadata);
+                    self.grow_refcount_table(full)?;
+                }
             }
-            drop(metadata);
-            self.grow_refcount_table()?;
         }
     }
 
@@ -156,14 +165,18 @@ impl Image {
     fn allocate(&self, offset: GuestOffset, wanted: u64) -> Result<Clusters> {
         loop {
             let mut metadata = self.metadata();
-            if let Prepared::Ready = metadata.prepare_l2(&*self.store, offset)? {
-                let (allocator, pages) = metadata.writer()?;
-                if let Allocation::Run(run) = allocator.allocate(pages, &*self.store, wanted)? {
-                    return Ok(run);
+            let full = match metadata.prepare_l2(&*self.store, offset)? {
+                Prepared::TableFull(full) => full,
+                Prepared::Ready => {
+                    let (allocator, pages) = metadata.writer()?;
+                    match allocator.allocate(pages, &*self.store, wanted)? {
+                        Allocation::Run(run) => return Ok(run),
+                        Allocation::TableFull(full) => full,
+                    }
                 }
-            }
+            };
             drop(metadata);
-            self.grow_refcount_table()?;
+            self.grow_refcount_table(full)?;
         }
     }
 
@@ -222,9 +235,9 @@ impl Image {
         let cluster_size = self.geometry.cluster_size();
         let start = offset.align_down(cluster_size);
         let mut metadata = self.metadata();
-        if let Prepared::TableFull = metadata.prepare_l2(&*self.store, start)? {
+        if let Prepared::TableFull(full) = metadata.prepare_l2(&*self.store, start)? {
             drop(metadata);
-            self.grow_refcount_table()?;
+            self.grow_refcount_table(full)?;
             return self.commit(start, clusters);
         }
         for index in 0..clusters.count {
@@ -237,8 +250,10 @@ impl Image {
         Ok(())
     }
 
-    /// Writes guest data.
+    /// Writes guest data: never to a cluster that holds a table, whatever the L2 entries say.
     fn write_data(&self, pieces: &[&[u8]], host: HostOffset) -> Result<()> {
+        let len = pieces.iter().map(|piece| piece.len() as u64).sum();
+        self.metadata().writer()?.0.layout.check_data(host, len)?;
         let written = self.store.write_at(pieces, host).doing("write its data");
         // Also after an error: a part may have been written and must be covered by the next sync.
         self.unsynced.store(true, Ordering::Release);

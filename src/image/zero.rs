@@ -28,6 +28,10 @@ impl Image {
     /// # Errors
     /// As [`Image::write`].
     pub fn zero(&self, below: &dyn Below, range: GuestRange, mode: ZeroMode) -> Result<()> {
+        self.zero_in_steps(below, range, mode).map_err(|error| self.note(error))
+    }
+
+    fn zero_in_steps(&self, below: &dyn Below, range: GuestRange, mode: ZeroMode) -> Result<()> {
         self.check_inside(range)?;
         self.begin_change()?;
         if range.is_empty() {
@@ -48,7 +52,13 @@ impl Image {
         Ok(())
     }
 
-    fn zero_claimed(&self, below: &dyn Below, range: GuestRange, mode: ZeroMode) -> Result<()> {
+    /// Makes `range` read as zero; the caller holds its clusters exclusively.
+    pub(super) fn zero_claimed(
+        &self,
+        below: &dyn Below,
+        range: GuestRange,
+        mode: ZeroMode,
+    ) -> Result<()> {
         let cluster_size = self.geometry.cluster_size();
         // The last cluster counts as whole if only the disk's end cuts it.
         let whole = if range.end().get() == self.size() {
@@ -124,9 +134,9 @@ impl Image {
             let mut metadata = self.metadata();
             match metadata.prepare_l2(&*self.store, offset)? {
                 Prepared::Ready => return metadata.set_entry(&*self.store, offset, new),
-                Prepared::TableFull => {
+                Prepared::TableFull(full) => {
                     drop(metadata);
-                    self.grow_refcount_table()?;
+                    self.grow_refcount_table(full)?;
                 }
             }
         }

@@ -1,9 +1,11 @@
 //! The image floor on stores in memory: against a model, with failing stores, with power cuts.
 
 mod checker;
+mod concurrent;
 mod failures;
 mod model;
 mod power_cuts;
+mod regressions;
 
 use std::sync::Arc;
 
