@@ -17,7 +17,7 @@ pub use entry::{CompressedCluster, L1Entry, L2Entry, ZeroFlag};
 pub use extension::Extension;
 pub use features::{AutoclearFeatures, CompatibleFeatures, IncompatibleFeatures};
 pub use geometry::Geometry;
-pub use header::{Header, MAX_BACKING_NAME, Version, offsets};
+pub use header::{Header, MAGIC, MAX_BACKING_NAME, Version, offsets};
 pub use snapshot::{SNAPSHOT_FIXED_LEN, Snapshot, SnapshotLengths};
 
 /// Greatest size of an L1 table in bytes that QEMU opens, and so do we.
