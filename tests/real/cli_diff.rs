@@ -169,10 +169,6 @@ fn what_both_views_have_from_one_place_is_not_read() {
     let right = images.overlay("right.qcow2", "base.qcow2", "");
     // A compressed cluster that can't be read, for it no longer is one.
     let file = std::fs::read(&base).expect("read");
-    let map = qchainfs(&args!["map", "--output", "json", base]).ok();
-    assert!(map.contains("\"compressed\": true"), "{map}");
-    let packed = file.windows(8).rposition(|bytes| bytes == [1; 8]).is_none();
-    assert!(packed, "the cluster was not compressed");
     let l1 = be_u64(&file, 40);
     let l2 = be_u64(&file, l1) & 0x00ff_ffff_ffff_fe00;
     let entry = be_u64(&file, l2);
