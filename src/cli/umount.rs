@@ -31,17 +31,17 @@ pub fn umount(mountpoint: &Path, how: Detach) -> Result<()> {
     let Some(mount) = our_mount(&mountpoint) else {
         return Err(Error::new(Problem::NotMounted).at(&mountpoint));
     };
-    let disk = match open_disk(&mountpoint) {
-        Ok(disk) => disk,
+    match open_disk(&mountpoint) {
+        // While the mount is still there, whatever goes wrong can be told.
+        Ok(disk) => disk.sync_all().doing("make all changes durable").at(&mountpoint)?,
         // Its process is dead: there is nothing left to lose or to wait for.
         Err(error) if error.raw_os_error() == Some(libc::ENOTCONN) => {
             return detach(&mountpoint, Detach::Now);
         }
+        // Root may unmount what only its owner may look into. Its process makes all durable when it ends.
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {}
         Err(error) => return Err(Error::io("open its disk", error).at(&mountpoint)),
-    };
-    // While the mount is still there, whatever goes wrong can be told.
-    disk.sync_all().doing("make all changes durable").at(&mountpoint)?;
-    drop(disk);
+    }
 
     let process = server(&mount).or_else(|| server_by_itself(&mountpoint));
     detach(&mountpoint, how)?;
