@@ -6,10 +6,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::Chain;
-use super::member::{Disk, Format, Member, RawDisk};
-use super::open::Sharing;
+use super::member::{Format, Member};
+use super::open::{OpenOptions, Sharing, open_member};
+use super::policy::OpenPolicy;
 use crate::error::{At, Doing, Error, Result};
-use crate::image::{Image, Writability};
+use crate::image::Writability;
 use crate::qcow2::MAGIC;
 use crate::store::{Access, FileStore, LockMode, Store};
 use crate::units::HostOffset;
@@ -37,16 +38,18 @@ impl Layer {
 }
 
 impl Chain {
-    /// Opens `layers`, the base first, as one chain in which each shows through the next one. Nothing is ever written.
+    /// Opens `layers`, the base first, as one chain in which each shows through the next one. Nothing is ever
+    /// written, whatever `options` say.
     ///
     /// The backing files that headers name are ignored. Where a layer has no format, its first bytes decide: the
-    /// user names every file himself, so that a raw disk that a guest has begun with qcow2's magic leads to no file
-    /// that he did not name.
+    /// user names every file himself, so that a raw disk that a guest has begun with qcow2's magic leads to no backing
+    /// file that he did not name. What else an image consists of, such as an external data file, passes the policy in
+    /// `options`, counted from that image.
     ///
     /// # Errors
     /// No layer at all, a file twice, a raw file above others; any layer that is missing, locked, unsupported or
     /// broken, by its name.
-    pub fn compose(layers: &[Layer], sharing: Sharing) -> Result<Self> {
+    pub fn compose(layers: &[Layer], options: &OpenOptions) -> Result<Self> {
         let mut members: Vec<Member> = Vec::new();
         for layer in layers {
             let path = &layer.path;
@@ -61,7 +64,7 @@ impl Chain {
                 return Err(Error::usage(message));
             }
             // Not before it is known to be a new file: our own lock would be in the way.
-            if sharing == Sharing::Locked {
+            if options.sharing == Sharing::Locked {
                 store.lock(LockMode::Read).at(path)?;
             }
             let format = match layer.format {
@@ -74,7 +77,13 @@ impl Chain {
                     path.display()
                 )));
             }
-            members.push(open(path.clone(), store, format).at(path)?);
+            let policy = OpenPolicy::new(options.policy.clone(), path);
+            let member = open_member(path, store, format, Writability::ReadOnly, &policy, options)?;
+            if let Some(name) = member.image().and_then(|image| image.header().backing_name) {
+                let name = String::from_utf8_lossy(&name).into_owned();
+                log::info!("{}: its backing file \"{name}\" is ignored", path.display());
+            }
+            members.push(member);
         }
         if members.is_empty() {
             return Err(Error::usage("a chain has at least one file"));
@@ -82,21 +91,6 @@ impl Chain {
         members.reverse();
         Ok(Self { members })
     }
-}
-
-fn open(path: PathBuf, store: Arc<FileStore>, format: Format) -> Result<Member> {
-    let disk = match format {
-        Format::Raw => Disk::Raw(RawDisk::open(&*store)?),
-        Format::Qcow2 => {
-            let image = Image::open(store.clone(), Writability::ReadOnly)?;
-            if let Some(name) = image.header().backing_name {
-                let name = String::from_utf8_lossy(&name).into_owned();
-                log::info!("{}: its backing file \"{name}\" is ignored", path.display());
-            }
-            Disk::Qcow2(Box::new(image))
-        }
-    };
-    Ok(Member::new(path, store, disk))
 }
 
 fn detect(store: &FileStore) -> Result<Format> {
@@ -122,6 +116,6 @@ mod tests {
 
     #[test]
     fn a_chain_without_files_is_no_chain() {
-        assert!(Chain::compose(&[], Sharing::Locked).is_err());
+        assert!(Chain::compose(&[], &OpenOptions::default()).is_err());
     }
 }

@@ -19,7 +19,7 @@ pub struct Extent {
 impl Extent {
     /// Whether the run reads as zero without being read.
     pub fn is_zero(&self) -> bool {
-        matches!(self.content, Content::Unallocated | Content::Zero { .. })
+        matches!(self.content, Content::Unallocated { .. } | Content::Zero { .. })
     }
 }
 
@@ -44,7 +44,7 @@ impl View {
                 member: index,
                 content,
             };
-            if run.content != Content::Unallocated {
+            if !run.content.is_unallocated() {
                 return Ok(found(len, run.content));
             }
             // Behind the end of a shorter member nothing shows through, whatever lies deeper.
@@ -54,7 +54,7 @@ impl View {
                     index += 1;
                     tree = Tree::Active;
                 }
-                _ => return Ok(found(len, Content::Unallocated)),
+                _ => return Ok(found(len, run.content)),
             }
         }
     }

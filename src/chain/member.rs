@@ -12,6 +12,7 @@ use crate::units::{GuestRange, HostOffset};
 /// A member of a chain: its file and how to read it.
 pub struct Member {
     path: PathBuf,
+    data_path: Option<PathBuf>,
     store: Arc<FileStore>,
     disk: Disk,
 }
@@ -54,14 +55,32 @@ impl fmt::Display for Format {
 }
 
 impl Member {
-    /// The member in `store`, which the chain knows as `path`.
-    pub fn new(path: PathBuf, store: Arc<FileStore>, disk: Disk) -> Self {
-        Self { path, store, disk }
+    /// The member in `store`, which the chain knows as `path`; its external data file, if it has one, is `data_path`.
+    pub fn new(
+        path: PathBuf,
+        data_path: Option<PathBuf>,
+        store: Arc<FileStore>,
+        disk: Disk,
+    ) -> Self {
+        Self { path, data_path, store, disk }
     }
 
     /// Its name as the user or the member above gave it, resolved against the member above.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The file that holds its data: the member itself, or its external data file.
+    pub fn data_path(&self) -> &Path {
+        self.data_path.as_deref().unwrap_or(&self.path)
+    }
+
+    /// Its data, as a file.
+    pub fn data_store(&self) -> &dyn Store {
+        match &self.disk {
+            Disk::Qcow2(image) => image.data_store(),
+            Disk::Raw(_) => &*self.store,
+        }
     }
 
     /// Its file.
@@ -107,11 +126,11 @@ impl Member {
     }
 
     /// See [`Image::read_content`].
-    pub(super) fn read_content(&self, content: Content, skip: u64, buf: &mut [u8]) -> Result<()> {
+    pub(super) fn read_content(&self, content: Content, buf: &mut [u8]) -> Result<()> {
         match (&self.disk, content) {
-            (Disk::Qcow2(image), content) => image.read_content(content, skip, buf),
+            (Disk::Qcow2(image), content) => image.read_content(content, buf),
             (Disk::Raw(_), Content::Data(place)) => {
-                self.store.read_at(buf, place.host + skip).doing("read its data")
+                self.store.read_at(buf, place.host).doing("read its data")
             }
             (Disk::Raw(_), _) => {
                 buf.fill(0);

@@ -11,7 +11,7 @@ mod policy;
 mod view;
 
 pub use address::{Address, MemberChoice, SnapshotChoice};
-pub use backing_name::resolve as resolve_backing_name;
+pub use backing_name::{BackingName, resolve as resolve_backing_name};
 pub use compose::Layer;
 pub use diff::Differences;
 pub use extents::Extent;

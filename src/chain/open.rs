@@ -5,12 +5,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::Chain;
-use super::backing_name;
+use super::backing_name::{self, BackingName};
 use super::member::{Disk, Format, Member, RawDisk};
 use super::policy::{BackingPolicy, OpenPolicy};
 use crate::error::{At, Error, Problem, Result};
-use crate::image::{Image, Writability};
-use crate::store::{Access, FileStore, LockMode};
+use crate::image::{Companions, Image, Writability, read_header};
+use crate::qcow2::{DataPlace, Header};
+use crate::store::{Access, FileStore, LockMode, Store};
 
 /// More members than anyone stacks on purpose; each costs a file descriptor.
 const MAX_MEMBERS: usize = 16384;
@@ -58,12 +59,6 @@ pub enum Sharing {
     Forced,
 }
 
-/// The backing file that a header names.
-struct BackingReference {
-    name: Vec<u8>,
-    format: Format,
-}
-
 impl Chain {
     /// Opens the qcow2 image `top` and all members below it.
     ///
@@ -96,27 +91,43 @@ impl Chain {
             if options.sharing == Sharing::Locked {
                 store.lock(lock_mode(writability)).at(&path)?;
             }
-            let disk = match format {
-                Format::Raw => Disk::Raw(RawDisk::open(&*store).at(&path)?),
-                Format::Qcow2 => {
-                    Disk::Qcow2(Box::new(Image::open(store.clone(), writability).at(&path)?))
-                }
-            };
-            next = match &disk {
-                Disk::Qcow2(image) if options.depth == Depth::WholeChain => {
-                    match backing_reference(image).at(&path)? {
-                        Some(reference) => {
-                            Some(find_backing(&path, &reference, &policy).at(&path)?)
-                        }
-                        None => None,
-                    }
+            let member = open_member(&path, store, format, writability, &policy, options)?;
+            next = match member.image() {
+                Some(image) if options.depth == Depth::WholeChain => {
+                    find_backing(&path, image, &policy).at(&path)?
                 }
                 _ => None,
             };
-            members.push(Member::new(path, store, disk));
+            members.push(member);
         }
         Ok(Self { members })
     }
+}
+
+/// The member in `store`, which is open and locked, with all that it consists of but its backing file.
+pub(super) fn open_member(
+    path: &Path,
+    store: Arc<FileStore>,
+    format: Format,
+    writability: Writability,
+    policy: &OpenPolicy,
+    options: &OpenOptions,
+) -> Result<Member> {
+    let mut data_path = None;
+    let disk = match format {
+        Format::Raw => Disk::Raw(RawDisk::open(&*store).at(path)?),
+        Format::Qcow2 => {
+            let header = read_header(&*store).at(path)?;
+            header.refuse_unsupported().at(path)?;
+            let data_file = open_data_file(path, &header, policy, options)?;
+            let (place, data_file) = data_file.unzip();
+            data_path = place;
+            let companions = Companions { data_file };
+            let image = Image::open_with(store.clone(), writability, companions);
+            Disk::Qcow2(Box::new(image.at(path)?))
+        }
+    };
+    Ok(Member::new(path.to_path_buf(), data_path, store, disk))
 }
 
 fn lock_mode(writability: Writability) -> LockMode {
@@ -126,31 +137,53 @@ fn lock_mode(writability: Writability) -> LockMode {
     }
 }
 
-fn backing_reference(image: &Image) -> Result<Option<BackingReference>> {
-    let header = image.header();
-    let Some(name) = &header.backing_name else { return Ok(None) };
-    let shown = String::from_utf8_lossy(name).into_owned();
-    let Some(format) = header.backing_format() else {
-        return Err(Error::new(Problem::BackingFormatMissing { name: shown }));
-    };
-    let format = Format::from_name(format)
-        .ok_or_else(|| Error::unsupported(format!("a backing file of format \"{format}\"")))?;
-    Ok(Some(BackingReference { name: name.clone(), format }))
+/// Opens the external data file of `image`, if it has one, and says where it is.
+///
+/// Its name is a plain path, never a protocol or a description: an image must not make us open anything else.
+fn open_data_file(
+    image: &Path,
+    header: &Header,
+    policy: &OpenPolicy,
+    options: &OpenOptions,
+) -> Result<Option<(PathBuf, Arc<dyn Store>)>> {
+    if header.data_place() == DataPlace::Internal || options.depth == Depth::TopOnly {
+        return Ok(None);
+    }
+    let name = header.data_file_name().filter(|name| !name.is_empty()).ok_or_else(|| {
+        Error::invalid("data file name", "the image does not name its data file").at(image)
+    })?;
+    let path = backing_name::beside(image, name);
+    let file = policy.admit(&path).at(image)?;
+    let store = FileStore::open(&file, Access::ReadOnly).at(&path)?;
+    if options.sharing == Sharing::Locked {
+        store.lock(LockMode::Read).at(&path)?;
+    }
+    Ok(Some((path, Arc::new(store))))
 }
 
-/// The name by which the chain knows the backing file of `overlay`, the file to open for it, and its format.
+/// The backing file that the header of `overlay` names, if it does: its place, the file to open, its format.
 fn find_backing(
     overlay: &Path,
-    reference: &BackingReference,
+    image: &Image,
     policy: &OpenPolicy,
-) -> Result<(PathBuf, PathBuf, Format)> {
-    let path = backing_name::resolve(overlay, &reference.name)?;
+) -> Result<Option<(PathBuf, PathBuf, Format)>> {
+    let header = image.header();
+    let Some(name) = &header.backing_name else { return Ok(None) };
+    let shown = || String::from_utf8_lossy(name).into_owned();
+    let BackingName { path, format, .. } = backing_name::resolve(overlay, name)?;
+    let format = match (format, header.backing_format()) {
+        (Some(format), _) => format,
+        (None, Some(format)) => Format::from_name(format)
+            .ok_or_else(|| Error::unsupported(format!("a backing file of format \"{format}\"")))?,
+        (None, None) => {
+            return Err(Error::new(Problem::BackingFormatMissing { name: shown() }));
+        }
+    };
     let file = policy.admit(&path)?;
     match file.symlink_metadata() {
         Err(error) if error.kind() == ErrorKind::NotFound => {
-            let name = String::from_utf8_lossy(&reference.name).into_owned();
-            Err(Error::new(Problem::BackingMissing { name, looked: path }))
+            Err(Error::new(Problem::BackingMissing { name: shown(), looked: path }))
         }
-        _ => Ok((path, file, reference.format)),
+        _ => Ok(Some((path, file, format))),
     }
 }

@@ -101,7 +101,7 @@ fn parse_options(lists: &[String]) -> Result<(Version, Geometry)> {
 
 /// The virtual size of the backing file, which must be there and be what the user says it is.
 fn backing_size(image: &Path, name: &[u8], format: Format) -> Result<u64> {
-    let path = resolve_backing_name(image, name).at(image)?;
+    let path = resolve_backing_name(image, name).at(image)?.path;
     match format {
         Format::Raw => {
             let store: Arc<dyn Store> =

@@ -14,7 +14,10 @@ use crate::chain::resolve_backing_name;
 use crate::chain::{Address, Depth, Member, MemberChoice, OpenOptions, Sharing};
 use crate::error::{At, Doing, Result};
 use crate::image::{Image, SnapshotTree};
-use crate::qcow2::{CompatibleFeatures, IncompatibleFeatures, Snapshot, Version};
+use crate::qcow2::{
+    CompatibleFeatures, Compression, DataPlace, Header, IncompatibleFeatures, L2Form, Snapshot,
+    Version,
+};
 use crate::store::Store;
 
 /// Say what an image is
@@ -120,8 +123,8 @@ fn describe(member: &Member) -> Result<Value> {
         }
         if let Some(backing) = Backing::of(member, image) {
             put("backing-filename", backing.name.into());
-            if let Some(path) = backing.path {
-                put("full-backing-filename", path.into());
+            if let Some(full) = backing.full {
+                put("full-backing-filename", full.into());
             }
             if let Some(format) = backing.format {
                 put("backing-filename-format", format.into());
@@ -134,7 +137,7 @@ fn describe(member: &Member) -> Result<Value> {
 /// The backing file as `info` shows it: no look at the file itself.
 struct Backing {
     name: String,
-    path: Option<String>,
+    full: Option<String>,
     format: Option<String>,
 }
 
@@ -142,10 +145,10 @@ impl Backing {
     fn of(member: &Member, image: &Image) -> Option<Self> {
         let header = image.header();
         let name = header.backing_name.as_ref()?;
-        let path = resolve_backing_name(member.path(), name).ok();
+        let full = resolve_backing_name(member.path(), name).ok().map(|name| name.full);
         Some(Self {
             name: String::from_utf8_lossy(name).into_owned(),
-            path: path.map(|path| path.display().to_string()),
+            full: full.map(|full| String::from_utf8_lossy(&full).into_owned()),
             format: header.backing_format().map(str::to_owned),
         })
     }
@@ -163,16 +166,27 @@ fn format_specific(image: &Image) -> Value {
     let header = image.header();
     let mut data = json!({
         "compat": compat(header.version),
-        "compression-type": "zlib",
+        "compression-type": compression(&header),
         "refcount-bits": 1_u32 << header.geometry.refcount_order(),
     });
     if header.version == Version::V3 {
         data["lazy-refcounts"] =
             header.compatible.contains(CompatibleFeatures::LAZY_REFCOUNTS).into();
         data["corrupt"] = header.incompatible.contains(IncompatibleFeatures::CORRUPT).into();
-        data["extended-l2"] = false.into();
+        data["extended-l2"] = (header.geometry.l2_form() == L2Form::Extended).into();
+    }
+    if let (DataPlace::External, Some(name)) = (header.data_place(), header.data_file_name()) {
+        data["data-file"] = String::from_utf8_lossy(name).into();
+        data["data-file-raw"] = header.data_file_is_raw().into();
     }
     data
+}
+
+fn compression(header: &Header) -> &'static str {
+    match header.compression() {
+        Compression::Zlib => "zlib",
+        Compression::Zstd => "zstd",
+    }
 }
 
 fn compat(version: Version) -> &'static str {
@@ -237,9 +251,9 @@ fn describe_image(member: &Member, image: &Image) -> String {
     if let Some(backing) = Backing::of(member, image) {
         let name = printable(&backing.name);
         text += &format!("backing file: {name}");
-        match backing.path {
-            Some(path) if path != backing.name => {
-                text += &format!(" (actual path: {})\n", printable(&path));
+        match backing.full {
+            Some(full) if full != backing.name => {
+                text += &format!(" (actual path: {})\n", printable(&full));
             }
             _ => text.push('\n'),
         }
@@ -256,17 +270,21 @@ fn describe_image(member: &Member, image: &Image) -> String {
         }
     }
     text += &format!(
-        "Format specific information:\n    compat: {}\n    compression type: zlib\n",
-        compat(header.version)
+        "Format specific information:\n    compat: {}\n    compression type: {}\n",
+        compat(header.version),
+        compression(&header)
     );
     let bits = 1_u32 << header.geometry.refcount_order();
     if header.version == Version::V3 {
         let lazy = header.compatible.contains(CompatibleFeatures::LAZY_REFCOUNTS);
         let corrupt = header.incompatible.contains(IncompatibleFeatures::CORRUPT);
-        text += &format!(
-            "    lazy refcounts: {lazy}\n    refcount bits: {bits}\n    corrupt: {corrupt}\n    \
-             extended l2: false\n"
-        );
+        let extended = header.geometry.l2_form() == L2Form::Extended;
+        text += &format!("    lazy refcounts: {lazy}\n    refcount bits: {bits}\n");
+        if let (DataPlace::External, Some(name)) = (header.data_place(), header.data_file_name()) {
+            let (name, raw) = (String::from_utf8_lossy(name), header.data_file_is_raw());
+            text += &format!("    data file: {}\n    data file raw: {raw}\n", printable(&name));
+        }
+        text += &format!("    corrupt: {corrupt}\n    extended l2: {extended}\n");
     } else {
         text += &format!("    refcount bits: {bits}\n");
     }

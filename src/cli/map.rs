@@ -12,7 +12,6 @@ use super::{Output, exit, logging, print};
 use crate::chain::{Extent, OpenOptions, Sharing, View};
 use crate::error::{At, Doing, Result};
 use crate::image::Content;
-use crate::store::Store;
 use crate::units::HostOffset;
 
 /// Say where the bytes of a view are
@@ -68,15 +67,16 @@ struct Line {
 impl Line {
     fn new(extent: &Extent, top: usize) -> Self {
         let place = match extent.content {
-            Content::Data(place) | Content::Zero { kept: Some(place) } => Some(place),
-            _ => None,
+            Content::Data(place) => Some(place),
+            Content::Zero { kept } | Content::Unallocated { kept } => kept,
+            Content::Compressed { .. } => None,
         };
         let compressed = matches!(extent.content, Content::Compressed { .. });
         Self {
             start: extent.range.start.get(),
             len: extent.range.len,
             depth: extent.member - top,
-            present: extent.content != Content::Unallocated,
+            present: !extent.content.is_unallocated(),
             zero: extent.is_zero(),
             data: !extent.is_zero(),
             compressed,
@@ -155,7 +155,7 @@ fn first_part(view: &View, preallocated: &mut HashMap<usize, bool>, line: &Line)
     if !sparse {
         return Ok(*line);
     }
-    let data = member.store().next_data(HostOffset::new(offset)).doing("look for holes")?;
+    let data = member.data_store().next_data(HostOffset::new(offset)).doing("look for holes")?;
     let (zero, end) = match data {
         Some(data) if data.start <= offset => (false, data.end),
         Some(data) => (true, data.start),
@@ -184,7 +184,7 @@ fn print_human(view: &View) -> Result<()> {
         let member = &view.chain().members()[view.member() + line.depth];
         let offset = line.offset.map_or("compressed".to_owned(), hexadecimal);
         let (start, len) = (hexadecimal(line.start), hexadecimal(line.len));
-        let file = printable(&member.path().display().to_string());
+        let file = printable(&member.data_path().display().to_string());
         print(&format!("{start:<16}{len:<16}{offset:<16}{file}\n"));
     })
 }

@@ -194,7 +194,7 @@ impl Plan {
         let Some(layers) = &self.layers else {
             return Chain::open(&self.address.image, &self.open_options(writability));
         };
-        let chain = Chain::compose(layers, self.options.sharing)?;
+        let chain = Chain::compose(layers, &self.open_options(READ_ONLY))?;
         if is_top(&chain, &self.address.image) { Ok(chain) } else { Err(not_the_top(&chain)) }
     }
 

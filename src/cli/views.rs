@@ -60,7 +60,7 @@ impl Views {
     /// Opens the chain that `--chain` names, if it does.
     pub fn new(options: OpenOptions, chain: &ChainArgument) -> Result<Self> {
         let composed = match chain.layers()? {
-            Some(layers) => Some(Arc::new(Chain::compose(&layers, options.sharing)?)),
+            Some(layers) => Some(Arc::new(Chain::compose(&layers, &options)?)),
             None => None,
         };
         Ok(Self { options, composed, open: Vec::new() })

@@ -36,6 +36,11 @@ pub enum Problem {
         /// The feature by its name.
         feature: String,
     },
+    /// The image can be read; to write it, this program lacks something.
+    ReadableOnly {
+        /// The feature by its name.
+        feature: &'static str,
+    },
     /// A field of the header or of a table holds what the format does not allow.
     Invalid {
         /// The field, in the specification's words.
@@ -258,7 +263,7 @@ impl Error {
             }
             Problem::Locked { .. } => Kind::Locked,
             Problem::Refused { .. } => Kind::Policy,
-            Problem::Unsupported { .. } => Kind::Unsupported,
+            Problem::Unsupported { .. } | Problem::ReadableOnly { .. } => Kind::Unsupported,
             Problem::Usage { .. } => Kind::Usage,
             _ => Kind::Failed,
         }

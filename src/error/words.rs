@@ -17,6 +17,11 @@ impl Error {
             Problem::Unsupported { feature } => {
                 format!("{file} needs a feature that is not supported: {feature}")
             }
+            Problem::ReadableOnly { feature } => {
+                format!(
+                    "{file} can be read but not written: {feature} is not supported for writing"
+                )
+            }
             Problem::Invalid { field, .. } => format!("{file} has an invalid {field}"),
             Problem::Corrupt { .. } => format!("{file} is corrupt"),
             Problem::NeedsRepair { .. } => format!("{file} must be repaired before it is written"),
@@ -124,6 +129,7 @@ impl Error {
             Problem::Locked { other: OtherUse::Writes, .. } => {
                 Some(format!("qchainfs info -U {file}"))
             }
+            Problem::ReadableOnly { .. } => Some(format!("qchainfs mount -r {file} MOUNTPOINT")),
             Problem::NeedsRepair { .. } => Some(format!("qemu-img check -r all {file}")),
             Problem::Corrupt { .. } => Some(format!("qemu-img check {file}")),
             Problem::BackingFormatMissing { name } => Some(format!(

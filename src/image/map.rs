@@ -4,8 +4,8 @@ use super::Image;
 use super::metadata::Metadata;
 use super::pages::read_page;
 use super::snapshots::SnapshotTree;
-use crate::error::Result;
-use crate::qcow2::{CompressedCluster, L1Entry, L2Entry, be_u64};
+use crate::error::{Error, Result};
+use crate::qcow2::{CompressedCluster, ExtendedL2Entry, L1Entry, L2Entry, L2Form, be_u64};
 use crate::units::{GuestRange, HostOffset};
 
 /// A run of a disk with one kind of content.
@@ -21,13 +21,16 @@ pub struct Run {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Content {
     /// Nothing: the backing file shows through.
-    Unallocated,
+    Unallocated {
+        /// A part of a cluster that is allocated for other subclusters; its content does not count.
+        kept: Option<Place>,
+    },
     /// Zeroes.
     Zero {
         /// Clusters kept for the run; their content does not count.
         kept: Option<Place>,
     },
-    /// The bytes in the file from here on.
+    /// The bytes in the image, or in its data file, from here on.
     Data(Place),
     /// A part of one compressed cluster.
     Compressed {
@@ -130,73 +133,145 @@ impl Metadata {
             .max(1) as u64;
         let end = (first as u64 + absent).saturating_mul(self.geometry.l2_span());
         let len = end.min(range.end().get()) - range.start.get();
-        Run { len, content: Content::Unallocated }
+        Run { len, content: Content::Unallocated { kept: None } }
     }
 
     /// The first run of `range` in the L2 table at `table`.
     fn lookup_l2(&mut self, table: HostOffset, range: GuestRange) -> Result<Lookup> {
         let geometry = self.geometry;
-        let cluster_size = geometry.cluster_size();
-        let page_entries = (self.pages.page_size() / 8) as usize;
-        let skip = geometry.in_cluster(range.start);
-        let first = geometry.l2_index(range.start);
-        let end = (first as u64 + geometry.clusters(skip + range.len)).min(geometry.l2_entries());
+        let unit = geometry.subcluster_size();
+        let units_per_cluster = geometry.cluster_size() / unit;
+        let in_table = range.start.get() % geometry.l2_span();
+        let (first, skip) = (in_table / unit, in_table % unit);
+        let end = (first + (skip + range.len).div_ceil(unit)).min(geometry.l2_span() / unit);
 
         let mut run: Option<Run> = None;
         let mut page = None;
-        for index in first..end as usize {
-            if page.is_none() || index % page_entries == 0 {
-                let at = table + (index / page_entries) as u64 * self.pages.page_size();
-                page = self.pages.get(at);
-                if page.is_none() {
-                    match run {
-                        None => return Ok(Lookup::Missing(at)),
-                        Some(_) => break,
+        let mut entry = None;
+        for index in first..end {
+            let (cluster, subcluster) = (index / units_per_cluster, index % units_per_cluster);
+            if entry.is_none() || subcluster == 0 {
+                let at = cluster * geometry.l2_entry_len();
+                let in_page = at % self.pages.page_size();
+                if page.is_none() || in_page == 0 {
+                    let page_at = table + (at - in_page);
+                    page = self.pages.get(page_at);
+                    if page.is_none() && run.is_none() {
+                        return Ok(Lookup::Missing(page_at));
                     }
                 }
+                let Some(bytes) = &page else { break };
+                entry = match (ClusterEntry::decode(&bytes[in_page as usize..], self), &run) {
+                    (Ok(entry), _) => Some(entry),
+                    (Err(error), None) => return Err(error),
+                    (Err(_), Some(_)) => None,
+                };
             }
-            let Some(bytes) = &page else { break };
-            let raw = be_u64(bytes, index % page_entries);
-            match (&mut run, L2Entry::decode(raw, geometry, self.zero_flag)) {
-                (None, Ok(entry)) => {
-                    let len = cluster_size - skip;
-                    run = Some(Run { len, content: Content::new(entry, skip) });
+            let Some(entry) = entry else { break };
+            let guest = range.start.get() - skip + (index - first) * unit;
+            match &mut run {
+                None => {
+                    let content = entry.content(subcluster * unit, skip, unit);
+                    self.check_raw_place(content, guest + skip)?;
+                    let len = match content {
+                        Content::Compressed { skip, .. } => geometry.cluster_size() - skip,
+                        _ => unit - skip,
+                    };
+                    run = Some(Run { len, content });
                 }
-                (None, Err(error)) => return Err(error),
-                (Some(run), Ok(entry)) if run.content.continues_with(run.len, entry) => {
-                    run.len += cluster_size;
+                Some(run) => {
+                    let content = entry.content(subcluster * unit, 0, unit);
+                    if !run.content.continues_with(run.len, content)
+                        || self.check_raw_place(content, guest).is_err()
+                    {
+                        break;
+                    }
+                    run.len += unit;
                 }
-                (Some(_), _) => break,
             }
         }
-        let mut run = run.unwrap_or(Run { len: range.len, content: Content::Unallocated });
+        let unallocated = Content::Unallocated { kept: None };
+        let mut run = run.unwrap_or(Run { len: range.len, content: unallocated });
         run.len = run.len.min(range.len);
         Ok(Lookup::Found(run))
+    }
+
+    /// In a raw external data file each byte is where the guest has it.
+    fn check_raw_place(&self, content: Content, guest: u64) -> Result<()> {
+        match content {
+            Content::Data(place) if self.data_file_is_raw && place.host.get() != guest => {
+                Err(Error::corrupt(format!(
+                    "guest offset {guest:#x} is at {} of a raw data file",
+                    place.host
+                )))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// An L2 entry of either form.
+#[derive(Clone, Copy)]
+enum ClusterEntry {
+    Standard(L2Entry),
+    Extended(ExtendedL2Entry),
+}
+
+impl ClusterEntry {
+    fn decode(bytes: &[u8], metadata: &Metadata) -> Result<Self> {
+        let (geometry, rules, raw) = (metadata.geometry, metadata.rules, be_u64(bytes, 0));
+        Ok(match geometry.l2_form() {
+            L2Form::Standard => Self::Standard(L2Entry::decode(raw, geometry, rules)?),
+            L2Form::Extended => {
+                let bitmap = be_u64(bytes, 1);
+                Self::Extended(ExtendedL2Entry::decode(raw, bitmap, geometry, rules)?)
+            }
+        })
+    }
+
+    /// What the subcluster of `unit` bytes at byte `start` of the cluster holds from its byte `skip` on.
+    fn content(self, start: u64, skip: u64, unit: u64) -> Content {
+        let at = start + skip;
+        let place = |(host, copied): (HostOffset, bool)| Place { host: host + at, copied };
+        match self {
+            Self::Standard(L2Entry::Unallocated) => Content::Unallocated { kept: None },
+            Self::Standard(L2Entry::Zero { host }) => Content::Zero { kept: host.map(place) },
+            Self::Standard(L2Entry::Data { host, copied }) => Content::Data(place((host, copied))),
+            Self::Standard(L2Entry::Compressed(cluster))
+            | Self::Extended(ExtendedL2Entry::Compressed(cluster)) => {
+                Content::Compressed { cluster, skip: at }
+            }
+            Self::Extended(ExtendedL2Entry::Subclusters { host, allocated, zero }) => {
+                let bit = 1_u32 << (start / unit);
+                match host.map(place) {
+                    Some(place) if allocated & bit != 0 => Content::Data(place),
+                    kept if zero & bit != 0 => Content::Zero { kept },
+                    kept => Content::Unallocated { kept },
+                }
+            }
+        }
     }
 }
 
 impl Content {
-    /// What `entry` says of its cluster from byte `skip` on.
-    fn new(entry: L2Entry, skip: u64) -> Self {
-        let place = |(host, copied)| Place { host: host + skip, copied };
-        match entry {
-            L2Entry::Unallocated => Self::Unallocated,
-            L2Entry::Zero { host } => Self::Zero { kept: host.map(place) },
-            L2Entry::Data { host, copied } => Self::Data(place((host, copied))),
-            L2Entry::Compressed(cluster) => Self::Compressed { cluster, skip },
-        }
+    /// Whether nothing is there, so that the backing file shows through.
+    pub fn is_unallocated(self) -> bool {
+        matches!(self, Self::Unallocated { .. })
     }
 
-    /// Whether a cluster with `entry`, `len` bytes behind the beginning of this run, continues it.
-    fn continues_with(self, len: u64, entry: L2Entry) -> bool {
-        let follows = |place: Place, host: HostOffset, copied: bool| {
-            place.host.checked_add(len) == Some(host) && place.copied == copied
+    /// Whether `next` goes on where this content ends after `len` bytes.
+    fn continues_with(self, len: u64, next: Self) -> bool {
+        let follows = |place: Place, next: Place| {
+            place.host.checked_add(len) == Some(next.host) && place.copied == next.copied
         };
-        match (self, entry) {
-            (Self::Unallocated, L2Entry::Unallocated)
-            | (Self::Zero { kept: None }, L2Entry::Zero { host: None }) => true,
-            (Self::Zero { kept: Some(place) }, L2Entry::Zero { host: Some((host, copied)) })
-            | (Self::Data(place), L2Entry::Data { host, copied }) => follows(place, host, copied),
+        match (self, next) {
+            (Self::Unallocated { kept }, Self::Unallocated { kept: next })
+            | (Self::Zero { kept }, Self::Zero { kept: next }) => match (kept, next) {
+                (None, None) => true,
+                (Some(place), Some(next)) => follows(place, next),
+                _ => false,
+            },
+            (Self::Data(place), Self::Data(next)) => follows(place, next),
             _ => false,
         }
     }

@@ -5,14 +5,16 @@ use super::map::Place;
 use super::pages::{Kind, Pages};
 use super::table::Table;
 use crate::error::{Error, Problem, Result};
-use crate::qcow2::{Geometry, Header, L1Entry, L2Entry, ZeroFlag, be_u64};
+use crate::qcow2::{EntryRules, Geometry, Header, L1Entry, L2Entry, be_u64};
 use crate::store::Store;
 use crate::units::{GuestOffset, HostOffset};
 
 /// Everything that the metadata lock of an image protects.
 pub(super) struct Metadata {
     pub geometry: Geometry,
-    pub zero_flag: ZeroFlag,
+    pub rules: EntryRules,
+    /// Whether guest data is in a file of its own and each byte where the guest has it.
+    pub data_file_is_raw: bool,
     pub header: Header,
     pub l1: Table,
     pub pages: Pages,
@@ -94,7 +96,7 @@ impl Metadata {
         let index = (in_table % page_size / 8) as usize;
 
         let bytes = self.pages.modify(store, page_at, Kind::L2)?;
-        let old = L2Entry::decode(be_u64(bytes, index), geometry, self.zero_flag)?;
+        let old = L2Entry::decode(be_u64(bytes, index), geometry, self.rules)?;
         let entry = match new {
             NewEntry::Data(host) => L2Entry::Data { host, copied: true },
             NewEntry::Zero => L2Entry::Zero { host: None },

@@ -7,6 +7,7 @@
 mod allocate;
 mod below;
 mod create;
+mod decompressed;
 mod flush;
 mod grow;
 mod layout;
@@ -27,6 +28,7 @@ mod zero;
 pub use below::{Below, Nothing};
 pub use create::{CreateOptions, NewImage};
 pub use map::{Content, Place, Run, Tree};
+pub use open::{Companions, read_header};
 pub use ranges::RangeGuard;
 pub use snapshots::SnapshotTree;
 pub use zero::ZeroMode;
@@ -34,6 +36,7 @@ pub use zero::ZeroMode;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
+use self::decompressed::Decompressed;
 use self::metadata::Metadata;
 use self::ranges::{Mode, RangeLocks};
 use crate::error::{Error, Problem, Result};
@@ -46,6 +49,9 @@ use crate::units::{GuestOffset, GuestRange};
 /// All methods take `&self`; any number of threads may call them at once.
 pub struct Image {
     store: Arc<dyn Store>,
+    /// Where guest data is: `store` itself, or an external data file.
+    data: Arc<dyn Store>,
+    decompressed: Decompressed,
     geometry: Geometry,
     /// Virtual size in bytes.
     size: AtomicU64,
@@ -93,6 +99,11 @@ impl Image {
     /// The file behind the image.
     pub fn store(&self) -> &dyn Store {
         &*self.store
+    }
+
+    /// Where guest data is: the image's own file, or its external data file.
+    pub fn data_store(&self) -> &dyn Store {
+        &*self.data
     }
 
     /// The internal snapshots in the order of the table.

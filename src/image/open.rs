@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, RwLock};
 
 use super::allocate::Allocator;
+use super::decompressed::Decompressed;
 use super::layout::{Layout, Owner};
 use super::metadata::Metadata;
 use super::pages::Pages;
@@ -13,32 +14,45 @@ use super::table::Table;
 use super::{Image, Writability};
 use crate::error::{Doing, Error, Problem, RepairMark, Result};
 use crate::qcow2::{
-    AutoclearFeatures, Header, IncompatibleFeatures, L1Entry, Version, ZeroFlag, offsets,
+    AutoclearFeatures, DataPlace, Header, IncompatibleFeatures, L1Entry, L2Form, offsets,
 };
-use crate::store::Store;
+use crate::store::{Absent, Store};
 use crate::units::HostOffset;
 
 /// Bytes of clean metadata that an image keeps in memory at most: 16 GiB of disk at the default cluster size.
 const PAGE_CACHE_BYTES: u64 = 2 << 20;
 
 impl Image {
-    /// Opens the image in `store`.
+    /// Opens the image in `store`, which keeps its data to itself.
     ///
     /// # Errors
-    /// What [`Header::parse`], [`Header::refuse_unsupported`] and [`Header::check_tables`] refuse; for a writer also
-    /// a dirty or corrupt image, persistent bitmaps, and tables that overlap.
+    /// As [`Image::open_with`].
     pub fn open(store: Arc<dyn Store>, writability: Writability) -> Result<Self> {
+        Self::open_with(store, writability, Companions::default())
+    }
+
+    /// Opens the image in `store` with what else it needs.
+    ///
+    /// # Errors
+    /// What [`Header::parse`], [`Header::refuse_unsupported`] and [`Header::check_tables`] refuse; for a writer also a dirty or corrupt image, features that are only read, and tables that overlap.
+    pub fn open_with(
+        store: Arc<dyn Store>,
+        writability: Writability,
+        companions: Companions,
+    ) -> Result<Self> {
         let header = read_header(&*store)?;
         header.refuse_unsupported()?;
         header.check_tables()?;
+        let data: Arc<dyn Store> = match (header.data_place(), companions.data_file) {
+            (DataPlace::Internal, _) => store.clone(),
+            (DataPlace::External, Some(data)) => data,
+            (DataPlace::External, None) => Arc::new(Absent),
+        };
         if writability == Writability::Writable {
             refuse_unwritable(&header)?;
         }
         let geometry = header.geometry;
-        let zero_flag = match header.version {
-            Version::V2 => ZeroFlag::Reserved,
-            Version::V3 => ZeroFlag::Defined,
-        };
+        let header_compression = header.compression();
         let l1 = Table::read(&*store, header.l1_offset, header.l1_entries as usize)?;
         let snapshots = SnapshotTable::read(&*store, &header)?;
         let allocator = match writability {
@@ -53,7 +67,8 @@ impl Image {
             flushing: Mutex::new(()),
             metadata: Mutex::new(Metadata {
                 geometry,
-                zero_flag,
+                rules: header.entry_rules(),
+                data_file_is_raw: header.data_file_is_raw(),
                 header,
                 l1,
                 pages: Pages::new(geometry.cluster_size(), PAGE_CACHE_BYTES),
@@ -64,6 +79,8 @@ impl Image {
             closed: AtomicBool::new(false),
             begun: Mutex::new(false),
             generation: AtomicU64::new(0),
+            decompressed: Decompressed::new(header_compression, geometry),
+            data,
             store,
         })
     }
@@ -87,8 +104,19 @@ impl Image {
     }
 }
 
-/// Reads and checks the header, features aside.
-pub(super) fn read_header(store: &dyn Store) -> Result<Header> {
+/// What an image needs besides its own file.
+#[derive(Default)]
+pub struct Companions {
+    /// The external data file, if [`Header::data_place`] says that there is one. Without it the image can be looked
+    /// at, but not read.
+    pub data_file: Option<Arc<dyn Store>>,
+}
+
+/// Reads and checks the header, features and places of tables aside.
+///
+/// # Errors
+/// As [`Header::parse`], besides failing reads.
+pub fn read_header(store: &dyn Store) -> Result<Header> {
     let file_len = store.len().doing("find out its length")?;
     let read = |len: usize| -> Result<Vec<u8>> {
         let mut bytes = vec![0; len.min(file_len as usize)];
@@ -107,7 +135,19 @@ fn refuse_unwritable(header: &Header) -> Result<()> {
         return Err(Error::new(Problem::NeedsRepair { mark: RepairMark::Dirty }));
     }
     if header.autoclear.contains(AutoclearFeatures::BITMAPS) {
-        return Err(Error::unsupported("writing to an image with persistent dirty bitmaps"));
+        return Err(Error::new(Problem::ReadableOnly {
+            feature: "an image with persistent bitmaps",
+        }));
+    }
+    if header.geometry.l2_form() == L2Form::Extended {
+        return Err(Error::new(Problem::ReadableOnly {
+            feature: "an image with extended L2 entries",
+        }));
+    }
+    if header.data_place() == DataPlace::External {
+        return Err(Error::new(Problem::ReadableOnly {
+            feature: "an image with an external data file",
+        }));
     }
     Ok(())
 }

@@ -3,41 +3,30 @@
 use super::map::{Content, Tree};
 use super::{Below, Image};
 use crate::error::{Doing, Result};
-use crate::qcow2::{CompressedCluster, inflate};
 use crate::units::{GuestOffset, GuestRange};
 
 impl Image {
-    /// Fills `buf` with what the run `content` holds from its byte `skip` on.
+    /// Fills `buf` with the first bytes of a run that [`Image::map`] has found.
     ///
     /// `buf` must not reach behind the run. An unallocated run reads as zero here: what shows through is not this
     /// image's business.
     ///
     /// # Errors
     /// Failing reads; a compressed cluster that does not decompress to a whole cluster.
-    pub fn read_content(&self, content: Content, skip: u64, buf: &mut [u8]) -> Result<()> {
+    pub fn read_content(&self, content: Content, buf: &mut [u8]) -> Result<()> {
         match content {
-            Content::Unallocated | Content::Zero { .. } => {
+            Content::Unallocated { .. } | Content::Zero { .. } => {
                 buf.fill(0);
                 Ok(())
             }
-            Content::Data(place) => {
-                self.store.read_at(buf, place.host + skip).doing("read its data")
-            }
-            Content::Compressed { cluster, skip: before } => {
-                let bytes = self.decompress(cluster).map_err(|error| self.note(error))?;
-                let start = (before + skip) as usize;
-                buf.copy_from_slice(&bytes[start..start + buf.len()]);
+            Content::Data(place) => self.data.read_at(buf, place.host).doing("read its data"),
+            Content::Compressed { cluster, skip } => {
+                let bytes = self.decompressed.get(&*self.store, cluster);
+                let bytes = bytes.map_err(|error| self.note(error))?;
+                buf.copy_from_slice(&bytes[skip as usize..skip as usize + buf.len()]);
                 Ok(())
             }
         }
-    }
-
-    fn decompress(&self, cluster: CompressedCluster) -> Result<Vec<u8>> {
-        let mut compressed = vec![0; cluster.len as usize];
-        self.store.read_at(&mut compressed, cluster.host).doing("read a compressed cluster")?;
-        let mut bytes = vec![0; self.geometry.cluster_size() as usize];
-        inflate(&compressed, &mut bytes)?;
-        Ok(bytes)
     }
 
     /// Fills `buf` with the active disk's bytes from `offset` on, or zeroes behind its end.
@@ -57,8 +46,8 @@ impl Image {
             let run = self.map(Tree::Active, GuestRange::new(at, buf.len() as u64))?;
             let (now, rest) = buf.split_at_mut(run.len as usize);
             match run.content {
-                Content::Unallocated => below.read(at, now)?,
-                content => self.read_content(content, 0, now)?,
+                Content::Unallocated { .. } => below.read(at, now)?,
+                content => self.read_content(content, now)?,
             }
             at = at + run.len;
             buf = rest;
@@ -74,7 +63,7 @@ impl Image {
             let run = self.map(Tree::Active, GuestRange::new(at, end - at.get()))?;
             let zero = match run.content {
                 Content::Zero { .. } => true,
-                Content::Unallocated => below.is_zero(GuestRange::new(at, run.len))?,
+                Content::Unallocated { .. } => below.is_zero(GuestRange::new(at, run.len))?,
                 Content::Data(_) | Content::Compressed { .. } => false,
             };
             if !zero {

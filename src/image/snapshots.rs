@@ -228,7 +228,7 @@ impl Metadata {
             for at in (0..self.geometry.cluster_size()).step_by(self.pages.page_size() as usize) {
                 let bytes = self.pages.load(store, table + at)?;
                 for raw in bytes.chunks_exact(8) {
-                    let entry = L2Entry::decode(be_u64(raw, 0), self.geometry, self.zero_flag)?;
+                    let entry = L2Entry::decode(be_u64(raw, 0), self.geometry, self.rules)?;
                     references.extend(host_clusters(entry, self.geometry));
                 }
             }
@@ -243,7 +243,7 @@ impl Metadata {
                 let old = self.pages.load(store, table + at)?;
                 let mut new = Vec::with_capacity(old.len());
                 for raw in old.chunks_exact(8) {
-                    let entry = L2Entry::decode(be_u64(raw, 0), self.geometry, self.zero_flag)?;
+                    let entry = L2Entry::decode(be_u64(raw, 0), self.geometry, self.rules)?;
                     new.extend(entry.shared().encode(self.geometry).to_be_bytes());
                 }
                 if new[..] != old[..] {

@@ -87,7 +87,7 @@ impl Image {
         let nothing_below = below.is_zero(range)?;
         if self.header_version() == Version::V2 {
             return match (run.content, mode) {
-                (Content::Unallocated, _) if nothing_below => Ok(()),
+                (Content::Unallocated { .. }, _) if nothing_below => Ok(()),
                 (Content::Data(_) | Content::Compressed { .. }, ZeroMode::Unmap)
                     if nothing_below =>
                 {
@@ -98,7 +98,7 @@ impl Image {
             };
         }
         match (run.content, mode) {
-            (Content::Unallocated, _) if nothing_below => Ok(()),
+            (Content::Unallocated { .. }, _) if nothing_below => Ok(()),
             (Content::Zero { kept: None }, _)
             | (Content::Zero { kept: Some(_) }, ZeroMode::Keep) => Ok(()),
             (Content::Data(place), ZeroMode::Keep) if place.copied => self

@@ -1,16 +1,41 @@
 //! Compressed clusters (section "Compressed Clusters Descriptor").
 
+use std::io::Read;
+
 use flate2::{Decompress, FlushDecompress, Status};
 
 use crate::error::{Error, Result};
 
-/// Inflates raw deflate data to exactly `out.len()` bytes.
+/// How the clusters of an image are compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Compression {
+    /// Raw deflate.
+    Zlib,
+    /// One or more zstd frames.
+    Zstd,
+}
+
+/// Decompresses to exactly `out.len()` bytes.
 ///
-/// The stream ends somewhere in `compressed`; what follows it belongs to others.
+/// The data ends somewhere in `compressed`; what follows it belongs to others.
 ///
 /// # Errors
-/// A broken stream, or one that ends before `out` is full, is corruption.
-pub fn inflate(compressed: &[u8], out: &mut [u8]) -> Result<()> {
+/// Broken data, or data that ends before `out` is full, is corruption.
+pub fn decompress(compression: Compression, compressed: &[u8], out: &mut [u8]) -> Result<()> {
+    match compression {
+        Compression::Zlib => inflate(compressed, out),
+        Compression::Zstd => decompress_zstd(compressed, out),
+    }
+}
+
+fn decompress_zstd(compressed: &[u8], out: &mut [u8]) -> Result<()> {
+    // A reader goes on with the next frame until `out` is full, and looks no further.
+    zstd::stream::read::Decoder::with_buffer(compressed)
+        .and_then(|mut decoder| decoder.read_exact(out))
+        .map_err(|error| Error::corrupt(format!("compressed cluster: {error}")))
+}
+
+fn inflate(compressed: &[u8], out: &mut [u8]) -> Result<()> {
     let mut inflater = Decompress::new(false);
     loop {
         let (read, written) = (inflater.total_in() as usize, inflater.total_out() as usize);
@@ -38,11 +63,11 @@ pub fn inflate(compressed: &[u8], out: &mut [u8]) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use flate2::{Compress, Compression, FlushCompress};
+    use flate2::{Compress, FlushCompress};
 
     fn deflate(bytes: &[u8]) -> Vec<u8> {
         let mut out = Vec::with_capacity(bytes.len() + 64);
-        let mut deflater = Compress::new(Compression::default(), false);
+        let mut deflater = Compress::new(flate2::Compression::default(), false);
         deflater.compress_vec(bytes, &mut out, FlushCompress::Finish).unwrap();
         out
     }
@@ -55,6 +80,18 @@ mod tests {
         let mut out = vec![0; bytes.len()];
         inflate(&compressed, &mut out).unwrap();
         assert_eq!(out, bytes);
+    }
+
+    #[test]
+    fn several_frames_make_one_cluster_and_garbage_behind_them_is_ignored() {
+        let bytes: Vec<u8> = (0..65536_u32).map(|i| (i / 9) as u8).collect();
+        let mut compressed = zstd::encode_all(&bytes[..1000], 1).unwrap();
+        compressed.extend(zstd::encode_all(&bytes[1000..], 1).unwrap());
+        compressed.extend([0xaa; 100]);
+        let mut out = vec![0; bytes.len()];
+        decompress(Compression::Zstd, &compressed, &mut out).unwrap();
+        assert_eq!(out, bytes);
+        assert!(decompress(Compression::Zstd, &compressed[..40], &mut out).is_err());
     }
 
     #[test]

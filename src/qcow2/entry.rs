@@ -71,34 +71,57 @@ pub enum L2Entry {
     Compressed(CompressedCluster),
 }
 
+/// What an image's header says about the meaning of its L2 entries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EntryRules {
+    /// What bit 0 means.
+    pub zero_flag: ZeroFlag,
+    /// Where guest data is.
+    pub data: DataPlace,
+}
+
+/// What bit 0 of an L2 entry means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ZeroFlag {
+    /// The cluster reads as zero (version 3).
+    Defined,
+    /// It must be clear (version 2).
+    Reserved,
+}
+
+/// Where guest data is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DataPlace {
+    /// In the image.
+    Internal,
+    /// In a file of its own, in which offset 0 is as good as any.
+    External,
+}
+
 impl L2Entry {
-    /// Reads the entry `raw`. `zero_flag_exists` is false for version 2, in which bit 0 is reserved.
+    /// Reads the standard entry `raw`.
     ///
     /// # Errors
-    /// An unaligned cluster offset, or a zero flag in a version 2 image, is corruption.
-    pub fn decode(raw: u64, geometry: Geometry, zero_flag: ZeroFlag) -> Result<Self> {
+    /// An unaligned cluster offset, a zero flag in a version 2 image and a compressed cluster beside an external data
+    /// file are corruption.
+    pub fn decode(raw: u64, geometry: Geometry, rules: EntryRules) -> Result<Self> {
         if raw == 0 {
             return Ok(Self::Unallocated);
         }
-        if raw & COMPRESSED != 0 {
-            return Ok(Self::Compressed(CompressedCluster::decode(raw, geometry)));
+        if let Some(cluster) = decode_compressed(raw, geometry, rules)? {
+            return Ok(Self::Compressed(cluster));
         }
-        let host = HostOffset::new(raw & OFFSET_MASK);
-        let copied = raw & COPIED != 0;
-        if !host.is_aligned(geometry.cluster_size()) {
-            return Err(Error::corrupt(format!("data cluster offset {host} is not aligned")));
-        }
+        let host = decode_host(raw, geometry, rules)?;
         if raw & ZERO != 0 {
-            if zero_flag == ZeroFlag::Reserved {
+            if rules.zero_flag == ZeroFlag::Reserved {
                 return Err(Error::corrupt("zero flag in an L2 entry of a version 2 image"));
             }
-            let host = (host != HostOffset::ZERO).then_some((host, copied));
             return Ok(Self::Zero { host });
         }
-        if host == HostOffset::ZERO {
-            return Ok(Self::Unallocated);
-        }
-        Ok(Self::Data { host, copied })
+        Ok(match host {
+            Some((host, copied)) => Self::Data { host, copied },
+            None => Self::Unallocated,
+        })
     }
 
     /// The entry as the table holds it.
@@ -113,13 +136,81 @@ impl L2Entry {
     }
 }
 
-/// What bit 0 of an L2 entry means.
+/// An extended L2 entry (section "Extended L2 Entries").
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ZeroFlag {
-    /// The cluster reads as zero (version 3).
-    Defined,
-    /// It must be clear (version 2).
-    Reserved,
+pub enum ExtendedL2Entry {
+    /// A compressed cluster has no subclusters.
+    Compressed(CompressedCluster),
+    /// 32 subclusters.
+    Subclusters {
+        /// The cluster, if there is one, and whether it may be written in place.
+        host: Option<(HostOffset, bool)>,
+        /// Bit `i` is set if subcluster `i` has its data there.
+        allocated: u32,
+        /// Bit `i` is set if subcluster `i` reads as zero.
+        zero: u32,
+    },
+}
+
+impl ExtendedL2Entry {
+    /// Reads the entry of the words `raw` and `bitmap`.
+    ///
+    /// # Errors
+    /// As [`L2Entry::decode`]; a subcluster that is both allocated and zero, allocated subclusters without a cluster,
+    /// and a zero flag or bitmap where there must be none are corruption.
+    pub fn decode(raw: u64, bitmap: u64, geometry: Geometry, rules: EntryRules) -> Result<Self> {
+        if let Some(cluster) = decode_compressed(raw, geometry, rules)? {
+            if bitmap != 0 {
+                return Err(Error::corrupt("a compressed cluster with a subcluster bitmap"));
+            }
+            return Ok(Self::Compressed(cluster));
+        }
+        if raw & ZERO != 0 {
+            return Err(Error::corrupt("zero flag in an extended L2 entry"));
+        }
+        let host = decode_host(raw, geometry, rules)?;
+        let (allocated, zero) = (bitmap as u32, (bitmap >> 32) as u32);
+        if allocated & zero != 0 {
+            return Err(Error::corrupt("a subcluster that is both allocated and zero"));
+        }
+        if allocated != 0 && host.is_none() {
+            return Err(Error::corrupt("allocated subclusters without a cluster"));
+        }
+        Ok(Self::Subclusters { host, allocated, zero })
+    }
+}
+
+/// The compressed cluster that `raw` describes, if it does.
+fn decode_compressed(
+    raw: u64,
+    geometry: Geometry,
+    rules: EntryRules,
+) -> Result<Option<CompressedCluster>> {
+    match (raw & COMPRESSED != 0, rules.data) {
+        (false, _) => Ok(None),
+        (true, DataPlace::Internal) => Ok(Some(CompressedCluster::decode(raw, geometry))),
+        (true, DataPlace::External) => {
+            Err(Error::corrupt("a compressed cluster in an image with an external data file"))
+        }
+    }
+}
+
+/// The cluster that `raw` points to, if any, and whether it may be written in place.
+fn decode_host(
+    raw: u64,
+    geometry: Geometry,
+    rules: EntryRules,
+) -> Result<Option<(HostOffset, bool)>> {
+    let host = HostOffset::new(raw & OFFSET_MASK);
+    let copied = raw & COPIED != 0;
+    if !host.is_aligned(geometry.cluster_size()) {
+        return Err(Error::corrupt(format!("data cluster offset {host} is not aligned")));
+    }
+    let absent = match rules.data {
+        DataPlace::Internal => host == HostOffset::ZERO,
+        DataPlace::External => host == HostOffset::ZERO && !copied,
+    };
+    Ok((!absent).then_some((host, copied)))
 }
 
 /// Where the compressed bytes of a cluster are.
@@ -166,10 +257,12 @@ fn copied_bit(copied: bool) -> u64 {
 mod tests {
     use super::*;
 
+    const RULES: EntryRules =
+        EntryRules { zero_flag: ZeroFlag::Defined, data: DataPlace::Internal };
     const GEOMETRY: fn() -> Geometry = || Geometry::new(16, 4);
 
     fn decode(raw: u64) -> L2Entry {
-        L2Entry::decode(raw, GEOMETRY(), ZeroFlag::Defined).unwrap()
+        L2Entry::decode(raw, GEOMETRY(), RULES).unwrap()
     }
 
     #[test]
@@ -189,13 +282,34 @@ mod tests {
 
     #[test]
     fn an_unaligned_offset_is_corruption() {
-        assert!(L2Entry::decode(0x50200, GEOMETRY(), ZeroFlag::Defined).is_err());
+        assert!(L2Entry::decode(0x50200, GEOMETRY(), RULES).is_err());
         assert!(L1Entry::decode(0x50200, GEOMETRY()).is_err());
     }
 
     #[test]
     fn the_zero_flag_is_corruption_in_version_2() {
-        assert!(L2Entry::decode(1, GEOMETRY(), ZeroFlag::Reserved).is_err());
+        let rules = EntryRules { zero_flag: ZeroFlag::Reserved, ..RULES };
+        assert!(L2Entry::decode(1, GEOMETRY(), rules).is_err());
+    }
+
+    #[test]
+    fn offset_zero_is_data_only_in_an_external_file_and_only_with_copied() {
+        let external = EntryRules { data: DataPlace::External, ..RULES };
+        let entry = L2Entry::decode(COPIED, GEOMETRY(), external).unwrap();
+        assert_eq!(entry, L2Entry::Data { host: HostOffset::ZERO, copied: true });
+        assert_eq!(decode(COPIED), L2Entry::Unallocated);
+        assert!(L2Entry::decode(COMPRESSED, GEOMETRY(), external).is_err());
+    }
+
+    #[test]
+    fn a_subcluster_with_both_bits_or_without_its_cluster_is_corruption() {
+        let extended = |raw, bitmap| ExtendedL2Entry::decode(raw, bitmap, GEOMETRY(), RULES);
+        assert!(extended(0x50000 | COPIED, 1 | 2 << 32).is_ok());
+        assert!(extended(0x50000 | COPIED, 1 | 1 << 32).is_err());
+        assert!(extended(0, 1).is_err());
+        assert!(extended(0, 1 << 32).is_ok());
+        assert!(extended(0x50000 | ZERO, 0).is_err());
+        assert!(extended(COMPRESSED | 0x50000, 1).is_err());
     }
 
     #[test]

@@ -5,6 +5,7 @@ use crate::error::{Error, Result};
 
 const END: u32 = 0;
 const BACKING_FORMAT: u32 = 0xe279_2aca;
+const DATA_FILE_NAME: u32 = 0x4441_5441;
 const FEATURE_NAME_TABLE: u32 = 0x6803_f857;
 /// Bytes of an entry of the feature name table: type, bit, name.
 const FEATURE_NAME_LEN: usize = 48;
@@ -14,6 +15,8 @@ const FEATURE_NAME_LEN: usize = 48;
 pub enum Extension {
     /// The format of the backing file, in QEMU's words: "qcow2", "raw".
     BackingFormat(String),
+    /// The name of the external data file.
+    DataFileName(Vec<u8>),
     /// Names of feature bits, as raw 48-byte entries.
     FeatureNames(Vec<u8>),
     /// Any other: its type and data.
@@ -61,6 +64,7 @@ impl Extension {
                 })?;
                 Self::BackingFormat(name.to_owned())
             }
+            DATA_FILE_NAME => Self::DataFileName(data.to_vec()),
             FEATURE_NAME_TABLE => Self::FeatureNames(data.to_vec()),
             _ => Self::Other { kind, data: data.to_vec() },
         })
@@ -71,6 +75,7 @@ impl Extension {
         for extension in extensions {
             let (kind, data) = match extension {
                 Self::BackingFormat(name) => (BACKING_FORMAT, name.as_bytes()),
+                Self::DataFileName(name) => (DATA_FILE_NAME, &name[..]),
                 Self::FeatureNames(table) => (FEATURE_NAME_TABLE, &table[..]),
                 Self::Other { kind, data } => (*kind, &data[..]),
             };

@@ -7,13 +7,34 @@ use crate::units::GuestOffset;
 pub struct Geometry {
     cluster_bits: u32,
     refcount_order: u32,
+    l2_form: L2Form,
+}
+
+/// The form of L2 entries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum L2Form {
+    /// 64 bits a cluster.
+    Standard,
+    /// 128 bits: a cluster has 32 subclusters, each with a state of its own.
+    Extended,
 }
 
 impl Geometry {
     /// For clusters of `1 << cluster_bits` bytes (9 to 21) and refcounts of `1 << refcount_order` bits (0 to 6).
     pub fn new(cluster_bits: u32, refcount_order: u32) -> Self {
         debug_assert!((9..=21).contains(&cluster_bits) && refcount_order <= 6);
-        Self { cluster_bits, refcount_order }
+        Self { cluster_bits, refcount_order, l2_form: L2Form::Standard }
+    }
+
+    /// The same with another form of L2 entries; extended ones need clusters of 16 KiB or more.
+    pub fn with_l2_form(self, l2_form: L2Form) -> Self {
+        debug_assert!(l2_form == L2Form::Standard || self.cluster_bits >= 14);
+        Self { l2_form, ..self }
+    }
+
+    /// The form of L2 entries.
+    pub fn l2_form(self) -> L2Form {
+        self.l2_form
     }
 
     /// log2 of the cluster size.
@@ -33,7 +54,23 @@ impl Geometry {
 
     /// Entries in an L2 table.
     pub fn l2_entries(self) -> u64 {
-        self.cluster_size() / 8
+        self.cluster_size() / self.l2_entry_len()
+    }
+
+    /// Bytes in an L2 entry.
+    pub fn l2_entry_len(self) -> u64 {
+        match self.l2_form {
+            L2Form::Standard => 8,
+            L2Form::Extended => 16,
+        }
+    }
+
+    /// Bytes of the disk that have a state of their own: a subcluster, or a cluster that has none.
+    pub fn subcluster_size(self) -> u64 {
+        match self.l2_form {
+            L2Form::Standard => self.cluster_size(),
+            L2Form::Extended => self.cluster_size() / 32,
+        }
     }
 
     /// Bytes of the disk that one L2 table maps.

@@ -5,8 +5,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::features::incompatible_name;
 use super::{
-    AutoclearFeatures, CompatibleFeatures, Extension, Geometry, IncompatibleFeatures, MAX_L1_BYTES,
-    MAX_REFTABLE_BYTES, MAX_SNAPSHOTS,
+    AutoclearFeatures, CompatibleFeatures, Compression, DataPlace, EntryRules, Extension, Geometry,
+    IncompatibleFeatures, L2Form, MAX_L1_BYTES, MAX_REFTABLE_BYTES, MAX_SNAPSHOTS, ZeroFlag,
 };
 use crate::error::{Error, Problem, Result};
 use crate::units::HostOffset;
@@ -17,6 +17,7 @@ pub const MAX_BACKING_NAME: usize = 1023;
 /// The first bytes of every qcow2 image.
 pub const MAGIC: [u8; 4] = *b"QFI\xfb";
 const COMPRESSION_ZLIB: u8 = 0;
+const COMPRESSION_ZSTD: u8 = 1;
 /// Length of the version 3 header that we write: up to the compression type, padded.
 const OWN_V3_LEN: u32 = 112;
 
@@ -143,7 +144,10 @@ impl Header {
         if refcount_order > 6 {
             return Err(Error::invalid("refcount_order", format!("{refcount_order} is above 6")));
         }
-        let geometry = Geometry::new(cluster_bits, refcount_order);
+        let incompatible = v3.map_or(0, |v3| v3.incompatible.get());
+        let incompatible = IncompatibleFeatures::from_bits_retain(incompatible);
+        let geometry = Geometry::new(cluster_bits, refcount_order)
+            .with_l2_form(l2_form(incompatible, cluster_bits)?);
         let backing_name = backing_name(raw, cluster, header_len, geometry)?;
         let extensions_end = match raw.backing_file_offset.get() {
             0 => cluster.len(),
@@ -164,9 +168,7 @@ impl Header {
             reftable_clusters: raw.refcount_table_clusters.get(),
             snapshot_count: raw.nb_snapshots.get(),
             snapshots_offset: HostOffset::new(raw.snapshots_offset.get()),
-            incompatible: IncompatibleFeatures::from_bits_retain(
-                v3.map_or(0, |v3| v3.incompatible.get()),
-            ),
+            incompatible,
             compatible: CompatibleFeatures::from_bits_retain(
                 v3.map_or(0, |v3| v3.compatible.get()),
             ),
@@ -225,7 +227,12 @@ impl Header {
             2 => return Err(Error::unsupported("LUKS encryption")),
             other => return Err(Error::unsupported(format!("encryption method {other}"))),
         }
-        let unsupported = self.incompatible - Bits::DIRTY - Bits::CORRUPT - Bits::COMPRESSION_TYPE;
+        let supported = Bits::DIRTY
+            | Bits::CORRUPT
+            | Bits::DATA_FILE
+            | Bits::COMPRESSION_TYPE
+            | Bits::EXTENDED_L2;
+        let unsupported = self.incompatible - supported;
         if !unsupported.is_empty() {
             let bits = (0..64).filter(|bit| unsupported.bits() >> bit & 1 != 0);
             let names: Vec<_> = bits.map(|bit| self.incompatible_name(bit)).collect();
@@ -233,9 +240,8 @@ impl Header {
         }
         let typed = self.incompatible.contains(Bits::COMPRESSION_TYPE);
         match (self.compression_type, typed) {
-            (COMPRESSION_ZLIB, false) => Ok(()),
-            (1, true) => Err(Error::unsupported("zstd compression")),
-            (other, true) if other != COMPRESSION_ZLIB => {
+            (COMPRESSION_ZLIB, false) | (COMPRESSION_ZSTD, true) => Ok(()),
+            (other, true) if other > COMPRESSION_ZSTD => {
                 Err(Error::unsupported(format!("compression type {other}")))
             }
             (other, _) => Err(Error::invalid(
@@ -253,6 +259,45 @@ impl Header {
                 None => format!("unknown incompatible feature bit {bit}"),
             },
         }
+    }
+
+    /// How clusters are compressed; of an image that [`Header::refuse_unsupported`] lets pass.
+    pub fn compression(&self) -> Compression {
+        match self.compression_type {
+            COMPRESSION_ZSTD => Compression::Zstd,
+            _ => Compression::Zlib,
+        }
+    }
+
+    /// Where guest data is.
+    pub fn data_place(&self) -> DataPlace {
+        match self.incompatible.contains(IncompatibleFeatures::DATA_FILE) {
+            true => DataPlace::External,
+            false => DataPlace::Internal,
+        }
+    }
+
+    /// Whether the external data file is to be readable by itself: each byte is where the guest has it.
+    pub fn data_file_is_raw(&self) -> bool {
+        self.data_place() == DataPlace::External
+            && self.autoclear.contains(AutoclearFeatures::RAW_DATA_FILE)
+    }
+
+    /// The name of the external data file, as the image has it.
+    pub fn data_file_name(&self) -> Option<&[u8]> {
+        self.extensions.iter().find_map(|extension| match extension {
+            Extension::DataFileName(name) => Some(&name[..]),
+            _ => None,
+        })
+    }
+
+    /// What the L2 entries mean.
+    pub fn entry_rules(&self) -> EntryRules {
+        let zero_flag = match self.version {
+            Version::V2 => ZeroFlag::Reserved,
+            Version::V3 => ZeroFlag::Defined,
+        };
+        EntryRules { zero_flag, data: self.data_place() }
     }
 
     /// The backing file's format, as the image names it.
@@ -354,6 +399,16 @@ fn cluster_bits(raw: &RawHeader) -> Result<u32> {
     }
 }
 
+fn l2_form(incompatible: IncompatibleFeatures, cluster_bits: u32) -> Result<L2Form> {
+    if !incompatible.contains(IncompatibleFeatures::EXTENDED_L2) {
+        return Ok(L2Form::Standard);
+    }
+    if cluster_bits < 14 {
+        return Err(Error::invalid("cluster_bits", "extended L2 entries need clusters of 16 KiB"));
+    }
+    Ok(L2Form::Extended)
+}
+
 fn header_len(v3: &RawHeaderV3, available: usize, cluster_bits: u32) -> Result<usize> {
     let len = v3.header_length.get() as usize;
     let shortest = size_of::<RawHeader>() + size_of::<RawHeaderV3>();
@@ -433,9 +488,9 @@ mod tests {
     #[test]
     fn unknown_incompatible_bits_are_refused_by_number_or_name() {
         let mut header = sample(Version::V3);
-        header.incompatible = IncompatibleFeatures::from_bits_retain(1 << 40 | 1 << 4);
+        header.incompatible = IncompatibleFeatures::from_bits_retain(1 << 40 | 1 << 5);
         let error = header.refuse_unsupported().unwrap_err();
-        assert!(error.headline().contains("extended L2 entries"), "{error}");
+        assert!(error.headline().contains("bit 5"), "{error}");
         assert!(error.headline().contains("bit 40"), "{error}");
     }
 

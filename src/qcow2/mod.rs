@@ -12,11 +12,13 @@ mod header;
 pub mod refcount;
 mod snapshot;
 
-pub use compression::inflate;
-pub use entry::{CompressedCluster, L1Entry, L2Entry, ZeroFlag};
+pub use compression::{Compression, decompress};
+pub use entry::{
+    CompressedCluster, DataPlace, EntryRules, ExtendedL2Entry, L1Entry, L2Entry, ZeroFlag,
+};
 pub use extension::Extension;
 pub use features::{AutoclearFeatures, CompatibleFeatures, IncompatibleFeatures};
-pub use geometry::Geometry;
+pub use geometry::{Geometry, L2Form};
 pub use header::{Header, MAGIC, MAX_BACKING_NAME, Version, offsets};
 pub use snapshot::{SNAPSHOT_FIXED_LEN, Snapshot, SnapshotLengths};
 

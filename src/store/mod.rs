@@ -1,5 +1,6 @@
 //! Host files behind one small trait: the only floor with raw file descriptors.
 
+mod absent;
 #[cfg(test)]
 pub(crate) mod fault;
 mod file;
@@ -7,6 +8,7 @@ mod lock;
 #[cfg(test)]
 pub(crate) mod memory;
 
+pub use absent::Absent;
 pub use file::{Access, FileId, FileStore};
 pub use lock::{LockMode, holders};
 

@@ -112,10 +112,14 @@ fn the_views_of_random_chains_differ_as_their_bytes_do() {
         let mut files = vec![base];
         for level in 1..=3 {
             let size = 512 * (2 * K + random.below(4 * K));
-            let cluster = random.pick(&["512", "4k", "64k", "1M"]);
+            let options = random.pick(&[
+                "cluster_size=512",
+                "cluster_size=4k",
+                "cluster_size=1M",
+                "cluster_size=64k,extended_l2=on",
+            ]);
             let next = format!("{level}.qcow2");
-            let options = format!("cluster_size={cluster}");
-            let member = images.overlay_sized(&next, &name, size, &options);
+            let member = images.overlay_sized(&next, &name, size, options);
             paint(&member, &mut random, size, 6);
             snapshot(&member, "one");
             views.push((view(&member, "@one"), bytes_of_snapshot(&member, "one")));

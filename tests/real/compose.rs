@@ -245,3 +245,30 @@ fn a_snapshot_in_a_backup_stands_on_the_files_below_it() {
     holds(&mounted.path("snapshots/one/disk.raw"), &expected);
     mounted.umount();
 }
+
+#[test]
+fn a_data_file_of_a_composed_chain_passes_the_policy() {
+    let images = Images::new();
+    let base = images.raw("base.raw", &[7; 1 << 20]);
+    let elsewhere = Images::new();
+    for (name, code) in [(images.path("data"), 0), (elsewhere.path("data"), 13)] {
+        let top = images.path("top.qcow2");
+        let options = format!("data_file={}", name.display());
+        run("qemu-img", &args!["create", "-q", "-f", "qcow2", "-o", options, top, "1M"]);
+        io(&top, &["write -P 1 0 64k"]);
+        let chain = list(&[&base, &top]);
+        let mut expected = vec![7; 1 << 20];
+        expected[..65536].fill(1);
+        let (raw, flat) = (images.raw("flat.raw", &expected), images.path("flat.qcow2"));
+        run("qemu-img", &args!["convert", "-f", "raw", "-O", "qcow2", raw, flat]);
+        let equal = |options: &[OsString]| {
+            let mut words = args!["diff"].to_vec();
+            words.extend_from_slice(options);
+            words.extend(args!["--chain", chain, top, flat]);
+            qchainfs(&words)
+        };
+        assert_eq!(equal(&[]).code, Some(code));
+        equal(&args!["-o", "backing_policy=any"]).ok();
+        fs::remove_file(&top).expect("remove");
+    }
+}

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use crate::image::open::read_header;
 use crate::image::snapshots::SnapshotTable;
-use crate::qcow2::{Geometry, Header, L1Entry, L2Entry, Version, ZeroFlag, be_u64, refcount};
+use crate::qcow2::{Geometry, Header, L1Entry, L2Entry, be_u64, refcount};
 use crate::store::memory::MemoryStore;
 
 /// What the checker found.
@@ -81,10 +81,6 @@ impl Checker<'_> {
 
     fn tree(&mut self, header: &Header, l1_offset: u64, l1_entries: u32, active: Active) {
         let geometry = self.geometry;
-        let zero_flag = match header.version {
-            Version::V2 => ZeroFlag::Reserved,
-            Version::V3 => ZeroFlag::Defined,
-        };
         self.refer(l1_offset, u64::from(l1_entries) * 8, "L1 table");
         for raw in self.table(l1_offset, l1_entries.into()) {
             let L1Entry::Table { host, copied } = L1Entry::decode(raw, geometry).unwrap() else {
@@ -93,7 +89,7 @@ impl Checker<'_> {
             self.refer(host.get(), geometry.cluster_size(), "L2 table");
             self.flag(active, host.get(), copied, "L1 entry");
             for raw in self.table(host.get(), geometry.l2_entries()) {
-                match L2Entry::decode(raw, geometry, zero_flag).unwrap() {
+                match L2Entry::decode(raw, geometry, header.entry_rules()).unwrap() {
                     L2Entry::Data { host, copied }
                     | L2Entry::Zero { host: Some((host, copied)) } => {
                         self.refer(host.get(), geometry.cluster_size(), "data");

@@ -96,8 +96,8 @@ fn read_snapshot(image: &Image, tree: &super::super::SnapshotTree, below: &dyn B
         let run = image.map(super::super::Tree::Snapshot(tree), range).unwrap();
         let now = &mut disk[at..at + run.len as usize];
         match run.content {
-            super::super::Content::Unallocated => below.read(range.start, now).unwrap(),
-            content => image.read_content(content, 0, now).unwrap(),
+            super::super::Content::Unallocated { .. } => below.read(range.start, now).unwrap(),
+            content => image.read_content(content, now).unwrap(),
         }
         at += run.len as usize;
     }

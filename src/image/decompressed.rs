@@ -1,0 +1,52 @@
+//! A cache of decompressed clusters: small reads of a compressed cluster decompress it once.
+
+use std::num::NonZeroUsize;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use lru::LruCache;
+
+use crate::error::{Doing, Result};
+use crate::qcow2::{CompressedCluster, Compression, Geometry, decompress};
+use crate::store::Store;
+
+/// Bytes of decompressed clusters that an image keeps at most.
+const CAPACITY_BYTES: u64 = 8 << 20;
+
+/// The decompressed clusters of one image.
+///
+/// Compressed clusters are never overwritten while anything points to them, so that what is here stays true.
+pub(super) struct Decompressed {
+    compression: Compression,
+    cluster_size: usize,
+    clusters: Mutex<LruCache<CompressedCluster, Arc<[u8]>>>,
+}
+
+impl Decompressed {
+    pub fn new(compression: Compression, geometry: Geometry) -> Self {
+        let cluster_size = geometry.cluster_size();
+        let count = NonZeroUsize::new((CAPACITY_BYTES / cluster_size) as usize);
+        // Not allocated in advance: most members of most chains have no compressed clusters.
+        let mut clusters = LruCache::unbounded();
+        clusters.resize(count.unwrap_or(NonZeroUsize::MIN));
+        Self { compression, cluster_size: cluster_size as usize, clusters: Mutex::new(clusters) }
+    }
+
+    /// The bytes of `cluster`, whose compressed form is in `store`.
+    ///
+    /// # Errors
+    /// Failing reads; data that does not decompress to a whole cluster is corruption.
+    pub fn get(&self, store: &dyn Store, cluster: CompressedCluster) -> Result<Arc<[u8]>> {
+        let lock = || self.clusters.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(bytes) = lock().get(&cluster) {
+            return Ok(bytes.clone());
+        }
+        // Not under the lock: other clusters are decompressed at the same time.
+        let mut compressed = vec![0; cluster.len as usize];
+        store.read_at(&mut compressed, cluster.host).doing("read a compressed cluster")?;
+        let mut bytes = vec![0; self.cluster_size];
+        decompress(self.compression, &compressed, &mut bytes)?;
+        let bytes: Arc<[u8]> = bytes.into();
+        lock().put(cluster, bytes.clone());
+        Ok(bytes)
+    }
+}
