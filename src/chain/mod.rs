@@ -2,6 +2,8 @@
 
 mod address;
 mod backing_name;
+mod compose;
+mod diff;
 mod extents;
 mod member;
 mod open;
@@ -10,6 +12,8 @@ mod view;
 
 pub use address::{Address, MemberChoice, SnapshotChoice};
 pub use backing_name::{BackingName, resolve as resolve_backing_name};
+pub use compose::Layer;
+pub use diff::Differences;
 pub use extents::Extent;
 pub use member::{Disk, Format, Member, RawDisk};
 pub use open::{Depth, OpenOptions, Sharing};

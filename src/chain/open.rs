@@ -91,30 +91,43 @@ impl Chain {
             if options.sharing == Sharing::Locked {
                 store.lock(lock_mode(writability)).at(&path)?;
             }
-            let mut data_path = None;
-            let disk = match format {
-                Format::Raw => Disk::Raw(RawDisk::open(&*store).at(&path)?),
-                Format::Qcow2 => {
-                    let header = read_header(&*store).at(&path)?;
-                    header.refuse_unsupported().at(&path)?;
-                    let data_file = open_data_file(&path, &header, &policy, options)?;
-                    let (place, data_file) = data_file.unzip();
-                    data_path = place;
-                    let companions = Companions { data_file };
-                    let image = Image::open_with(store.clone(), writability, companions);
-                    Disk::Qcow2(Box::new(image.at(&path)?))
-                }
-            };
-            next = match &disk {
-                Disk::Qcow2(image) if options.depth == Depth::WholeChain => {
+            let member = open_member(&path, store, format, writability, &policy, options)?;
+            next = match member.image() {
+                Some(image) if options.depth == Depth::WholeChain => {
                     find_backing(&path, image, &policy).at(&path)?
                 }
                 _ => None,
             };
-            members.push(Member::new(path, data_path, store, disk));
+            members.push(member);
         }
         Ok(Self { members })
     }
+}
+
+/// The member in `store`, which is open and locked, with all that it consists of but its backing file.
+pub(super) fn open_member(
+    path: &Path,
+    store: Arc<FileStore>,
+    format: Format,
+    writability: Writability,
+    policy: &OpenPolicy,
+    options: &OpenOptions,
+) -> Result<Member> {
+    let mut data_path = None;
+    let disk = match format {
+        Format::Raw => Disk::Raw(RawDisk::open(&*store).at(path)?),
+        Format::Qcow2 => {
+            let header = read_header(&*store).at(path)?;
+            header.refuse_unsupported().at(path)?;
+            let data_file = open_data_file(path, &header, policy, options)?;
+            let (place, data_file) = data_file.unzip();
+            data_path = place;
+            let companions = Companions { data_file };
+            let image = Image::open_with(store.clone(), writability, companions);
+            Disk::Qcow2(Box::new(image.at(path)?))
+        }
+    };
+    Ok(Member::new(path.to_path_buf(), data_path, store, disk))
 }
 
 fn lock_mode(writability: Writability) -> LockMode {

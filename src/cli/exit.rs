@@ -8,6 +8,8 @@ pub const DONE: u8 = 0;
 pub const FAILED: u8 = 1;
 /// The arguments make no sense.
 pub const USAGE: u8 = 2;
+/// `diff` has found differences.
+pub const DIFFERENT: u8 = 4;
 /// An image, member or snapshot is not there.
 pub const NOT_FOUND: u8 = 10;
 /// Another process holds the image.

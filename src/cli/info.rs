@@ -2,16 +2,16 @@
 
 use std::ffi::OsString;
 use std::process::ExitCode;
-use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
 
 use super::mount_options::{Options, Unknown};
 use super::report::printable;
 use super::size::human;
+use super::views::{ChainArgument, Views};
 use super::{Output, exit, logging, print};
 use crate::chain::resolve_backing_name;
-use crate::chain::{Address, Chain, Depth, Member, MemberChoice, OpenOptions, Sharing};
+use crate::chain::{Address, Depth, Member, MemberChoice, OpenOptions, Sharing};
 use crate::error::{At, Doing, Result};
 use crate::image::{Image, SnapshotTree};
 use crate::qcow2::{
@@ -35,16 +35,18 @@ pub struct Arguments {
     /// Options as for mount, of which backing_policy counts
     #[arg(short, value_name = "OPTIONS")]
     options: Vec<String>,
+    #[command(flatten)]
+    chain: ChainArgument,
     /// IMAGE, IMAGE@SNAPSHOT, IMAGE@#ID, IMAGE[N], IMAGE[N]@SNAPSHOT or IMAGE[FILE]
-    #[arg(value_name = "ADDRESS")]
-    address: OsString,
+    #[arg(value_name = "ADDRESS", required_unless_present = "chain")]
+    address: Option<OsString>,
 }
 
 /// Runs the verb.
 pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     logging::to_stderr();
-    let address = Address::parse(&arguments.address);
-    let is_top = address.member == MemberChoice::Index(0);
+    let address = arguments.address.as_deref();
+    let is_top = address.is_some_and(|text| Address::parse(text).member == MemberChoice::Index(0));
     let depth = if is_top && !arguments.backing_chain { Depth::TopOnly } else { Depth::WholeChain };
     let words = arguments.options.iter().map(String::as_str);
     let options = OpenOptions {
@@ -53,8 +55,8 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
         depth,
         ..OpenOptions::default()
     };
-    let chain = Arc::new(Chain::open(&address.image, &options)?);
-    let view = address.find(&chain)?;
+    let view = Views::new(options, &arguments.chain)?.only(address)?;
+    let chain = view.chain();
     let first = view.member();
     let last = if arguments.backing_chain { chain.members().len() } else { first + 1 };
     let members = &chain.members()[first..last];

@@ -3,12 +3,13 @@
 use std::collections::HashMap;
 use std::ffi::OsString;
 use std::process::ExitCode;
-use std::sync::Arc;
 
 use super::mount_options::{Options, Unknown};
 use super::report::printable;
+use super::size::hexadecimal;
+use super::views::{ChainArgument, Views};
 use super::{Output, exit, logging, print};
-use crate::chain::{Address, Chain, Extent, OpenOptions, Sharing, View};
+use crate::chain::{Extent, OpenOptions, Sharing, View};
 use crate::error::{At, Doing, Result};
 use crate::image::Content;
 use crate::units::HostOffset;
@@ -25,23 +26,23 @@ pub struct Arguments {
     /// Options as for mount, of which backing_policy counts
     #[arg(short, value_name = "OPTIONS")]
     options: Vec<String>,
+    #[command(flatten)]
+    chain: ChainArgument,
     /// IMAGE, IMAGE@SNAPSHOT, IMAGE@#ID, IMAGE[N], IMAGE[N]@SNAPSHOT or IMAGE[FILE]
-    #[arg(value_name = "ADDRESS")]
-    address: OsString,
+    #[arg(value_name = "ADDRESS", required_unless_present = "chain")]
+    address: Option<OsString>,
 }
 
 /// Runs the verb.
 pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     logging::to_stderr();
-    let address = Address::parse(&arguments.address);
     let words = arguments.options.iter().map(String::as_str);
     let options = OpenOptions {
         policy: Options::parse(words, Unknown::Refuse)?.policy,
         sharing: if arguments.force_share { Sharing::Forced } else { Sharing::Locked },
         ..OpenOptions::default()
     };
-    let chain = Arc::new(Chain::open(&address.image, &options)?);
-    let view = address.find(&chain)?;
+    let view = Views::new(options, &arguments.chain)?.only(arguments.address.as_deref())?;
     match arguments.output {
         Output::Human => print_human(&view)?,
         Output::Json => print_json(&view)?,
@@ -161,11 +162,6 @@ fn first_part(view: &View, preallocated: &mut HashMap<usize, bool>, line: &Line)
         None => (true, u64::MAX),
     };
     Ok(Line { zero, len: line.len.min(end - offset), ..*line })
-}
-
-/// As C prints it: no prefix before a lone zero.
-fn hexadecimal(number: u64) -> String {
-    if number == 0 { "0".to_owned() } else { format!("{number:#x}") }
 }
 
 fn print_json(view: &View) -> Result<()> {

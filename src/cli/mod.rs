@@ -2,6 +2,7 @@
 
 mod background;
 mod create;
+mod diff;
 mod exit;
 mod info;
 mod logging;
@@ -12,6 +13,7 @@ mod mount_options;
 mod report;
 mod size;
 mod umount;
+mod views;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -26,8 +28,8 @@ use crate::error::Result;
 #[command(
     name = "qchainfs",
     version,
-    after_help = "Exit codes: 0 done, 1 failed, 2 usage, 10 image not found, 11 locked by another process,\n\
-                  13 refused by policy, 14 unsupported feature."
+    after_help = "Exit codes: 0 done, 1 failed, 2 usage, 4 diff found differences, 10 image not found,\n\
+                  11 locked by another process, 13 refused by policy, 14 unsupported feature."
 )]
 struct Arguments {
     #[command(subcommand)]
@@ -40,6 +42,7 @@ enum Verb {
     Umount(umount::Arguments),
     Info(info::Arguments),
     Map(map::Arguments),
+    Diff(diff::Arguments),
     Create(create::Arguments),
     #[command(name = "mount-helper", hide = true)]
     MountHelper(mount_helper::Arguments),
@@ -72,6 +75,7 @@ pub fn run(arguments: impl Iterator<Item = OsString>) -> ExitCode {
         Verb::Umount(arguments) => finish(umount::run(&arguments)),
         Verb::Info(arguments) => finish(info::run(&arguments)),
         Verb::Map(arguments) => finish(map::run(&arguments)),
+        Verb::Diff(arguments) => finish(diff::run(&arguments)),
         Verb::Create(arguments) => finish(create::run(&arguments)),
         Verb::MountHelper(arguments) => mount_helper::run(arguments),
         Verb::UmountHelper(arguments) => mount_helper::run_umount(&arguments),

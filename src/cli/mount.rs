@@ -12,8 +12,9 @@ use nix::unistd::{getegid, geteuid};
 
 use super::background::{self, Role};
 use super::mount_options::{HELP, Options, Unknown};
+use super::views::{ChainArgument, is_top, not_the_top};
 use super::{exit, logging};
-use crate::chain::{Address, Chain, MemberChoice, OpenOptions, View};
+use crate::chain::{Address, Chain, Layer, MemberChoice, OpenOptions, View};
 use crate::error::{Doing, Error, Problem, Result};
 use crate::image::Writability;
 use crate::mount::{MountOptions, Ownership, Session, Stop, TreeOptions};
@@ -22,6 +23,7 @@ const READ_ONLY: Writability = Writability::ReadOnly;
 
 /// Show every member and snapshot of an image's chain as raw disk files
 #[derive(clap::Args)]
+#[command(allow_missing_positional = true)]
 pub struct Arguments {
     /// Write nothing: the same as -o ro
     #[arg(short, long)]
@@ -31,11 +33,13 @@ pub struct Arguments {
     foreground: bool,
     #[arg(short, value_name = "OPTIONS", help = HELP)]
     options: Vec<String>,
+    #[command(flatten)]
+    chain: ChainArgument,
     /// The top image of the chain, or the address of a view (IMAGE[N], IMAGE@SNAPSHOT): a
     /// read-only mount with that at its root
-    #[arg(value_name = "ADDRESS")]
-    image: OsString,
-    /// An empty directory
+    #[arg(value_name = "ADDRESS", required_unless_present = "chain")]
+    image: Option<OsString>,
+    /// An empty directory; or a regular file, which then is the disk of that one view
     mountpoint: PathBuf,
 }
 
@@ -43,6 +47,8 @@ pub struct Arguments {
 pub struct Plan {
     /// The view at the root; its image is absolute.
     pub address: Address,
+    /// The files of the chain, the base first, where headers are not to be asked.
+    pub layers: Option<Vec<Layer>>,
     /// The mountpoint, absolute.
     pub mountpoint: PathBuf,
     /// What was said behind `-o`.
@@ -59,18 +65,47 @@ pub fn run(arguments: Arguments) -> Result<ExitCode> {
         }
         options.writability = Some(Writability::ReadOnly);
     }
-    let plan = Plan::new(&arguments.image, &arguments.mountpoint, options)?;
+    let plan = match (arguments.chain.layers()?, &arguments.image) {
+        (None, Some(image)) => Plan::new(image, &arguments.mountpoint, options)?,
+        (None, None) => return Err(Error::usage("an address is missing")),
+        (Some(layers), address) => {
+            Plan::composed(layers, address.as_ref(), &arguments.mountpoint, options)?
+        }
+    };
     if arguments.foreground { plan.serve_in_front() } else { plan.serve_in_background() }
 }
 
 impl Plan {
     /// Makes names absolute, so that they mean the same from any directory.
     pub fn new(image: &OsString, mountpoint: &Path, options: Options) -> Result<Self> {
-        let absolute =
-            |path: &Path| std::path::absolute(path).doing("find out the current directory");
         let mut address = Address::parse(image);
         address.image = absolute(&address.image)?;
-        Ok(Self { address, mountpoint: absolute(mountpoint)?, options })
+        Ok(Self { address, layers: None, mountpoint: absolute(mountpoint)?, options })
+    }
+
+    /// The same for a chain of `layers`; without an address, for the view of the last one.
+    fn composed(
+        mut layers: Vec<Layer>,
+        address: Option<&OsString>,
+        mountpoint: &Path,
+        mut options: Options,
+    ) -> Result<Self> {
+        if options.writability == Some(Writability::Writable) {
+            return Err(Error::usage("a chain by --chain can only be mounted read-only"));
+        }
+        options.writability = Some(READ_ONLY);
+        for layer in &mut layers {
+            layer.path = absolute(&layer.path)?;
+        }
+        let mut address = match (address, layers.last()) {
+            (Some(address), _) => Address::parse(address),
+            (None, Some(top)) => {
+                Address { image: top.path.clone(), member: MemberChoice::Index(0), snapshot: None }
+            }
+            (None, None) => return Err(Error::usage("a chain has at least one file")),
+        };
+        address.image = absolute(&address.image)?;
+        Ok(Self { address, layers: Some(layers), mountpoint: absolute(mountpoint)?, options })
     }
 
     /// Mounts and returns once the mount answers.
@@ -117,7 +152,7 @@ impl Plan {
         if self.options.writability == Some(Writability::Writable) {
             return Err(Error::usage("only the active layer can be mounted writable"));
         }
-        let whole = Arc::new(Chain::open(&self.address.image, &self.open_options(READ_ONLY))?);
+        let whole = Arc::new(self.open_chain(READ_ONLY)?);
         let view = self.address.find(&whole)?;
         let (index, snapshot) = (view.member(), view.snapshot_tree());
         drop(view);
@@ -141,19 +176,26 @@ impl Plan {
 
     /// Opens the whole chain: writable if the user says so or, if he says nothing, if the file is.
     fn open_top(&self) -> Result<Chain> {
-        let image = &self.address.image;
         let wanted = self.options.writability.unwrap_or(Writability::Writable);
-        match Chain::open(image, &self.open_options(wanted)) {
+        match self.open_chain(wanted) {
             Err(error)
                 if self.options.writability.is_none()
                     && is_write_protected(&error)
-                    && error.path() == Some(image) =>
+                    && error.path() == Some(&self.address.image) =>
             {
                 log::warn!("{error}: mounting read-only");
-                Chain::open(image, &self.open_options(READ_ONLY))
+                self.open_chain(READ_ONLY)
             }
             opened => opened,
         }
+    }
+
+    fn open_chain(&self, writability: Writability) -> Result<Chain> {
+        let Some(layers) = &self.layers else {
+            return Chain::open(&self.address.image, &self.open_options(writability));
+        };
+        let chain = Chain::compose(layers, &self.open_options(READ_ONLY))?;
+        if is_top(&chain, &self.address.image) { Ok(chain) } else { Err(not_the_top(&chain)) }
     }
 
     fn mount_options(&self, first_member: usize) -> MountOptions {
@@ -178,6 +220,10 @@ impl Plan {
             threads: options.threads.unwrap_or((cores * 2).clamp(4, 16)),
         }
     }
+}
+
+fn absolute(path: &Path) -> Result<PathBuf> {
+    std::path::absolute(path).doing("find out the current directory")
 }
 
 /// Whether the file itself can't be written, rather than being locked or broken.

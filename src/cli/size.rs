@@ -56,6 +56,11 @@ pub fn human(bytes: u64) -> String {
     format!("{digits} {suffix}B")
 }
 
+/// As C prints it: no prefix before a lone zero.
+pub fn hexadecimal(number: u64) -> String {
+    if number == 0 { "0".to_owned() } else { format!("{number:#x}") }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

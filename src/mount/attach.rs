@@ -25,6 +25,7 @@ use nix::unistd::{geteuid, getgid, getuid};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 
 use super::in_use;
+use super::tree::Layout;
 use crate::error::{At, Doing, Error, Problem, Result};
 use crate::image::Writability;
 
@@ -106,11 +107,40 @@ pub fn attach(mountpoint: &Path, options: &AttachOptions) -> Result<OwnedFd> {
     if let Some(number) = passed_descriptor(mountpoint) {
         return take_passed(number).at(mountpoint);
     }
-    let place = resolve(mountpoint).map_err(|error| match error.errno() {
+    let place = find(mountpoint)?;
+    make_room(&place).and_then(|()| attach_at(&place, options)).at(&place)
+}
+
+/// What can be mounted onto `mountpoint`, judged by what is there; dead mounts of ours are removed from it first.
+///
+/// # Errors
+/// As [`attach`].
+pub fn layout_at(mountpoint: &Path) -> Result<Layout> {
+    if passed_descriptor(mountpoint).is_some() {
+        // Where that is mounted can't be found out.
+        return Ok(Layout::Directory);
+    }
+    let place = find(mountpoint)?;
+    make_room(&place).and_then(|()| kind_of(&place)).at(&place).map(|kind| match kind {
+        libc::S_IFREG => Layout::File,
+        _ => Layout::Directory,
+    })
+}
+
+fn find(mountpoint: &Path) -> Result<PathBuf> {
+    resolve(mountpoint).map_err(|error| match error.errno() {
         libc::ENOENT => unusable("there is no such directory or file").at(mountpoint),
         _ => error,
-    })?;
-    make_room(&place).and_then(|()| attach_at(&place, options)).at(&place)
+    })
+}
+
+/// The type of `place` as `stat` says it, where it is one that can be mounted onto.
+fn kind_of(place: &Path) -> Result<u32> {
+    let kind = fs::metadata(place).doing("look at the mountpoint")?.mode() & libc::S_IFMT;
+    if kind != libc::S_IFDIR && kind != libc::S_IFREG {
+        return Err(unusable("it is neither a directory nor a regular file"));
+    }
+    Ok(kind)
 }
 
 /// How to treat those who still use a mount.
@@ -143,6 +173,8 @@ pub fn detach(mountpoint: &Path, how: Detach) -> Result<()> {
 /// A line of the mount table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MountEntry {
+    /// The number of its device, "0:41". It is the mount's own as long as anybody has it open.
+    pub device: String,
     /// What is mounted; for our own mounts the image.
     pub source: PathBuf,
     /// Where.
@@ -154,15 +186,22 @@ pub struct MountEntry {
     pub options: String,
 }
 
+impl MountEntry {
+    /// The user who mounted it.
+    pub fn owner(&self) -> Option<u32> {
+        self.options.split(',').find_map(|word| word.strip_prefix("user_id=")?.parse().ok())
+    }
+}
+
 /// The mounts of this program that are visible here, the oldest first.
 pub fn our_mounts() -> Vec<MountEntry> {
     mounts().into_iter().filter(|mount| mount.kind == TYPE).collect()
 }
 
-/// The type of the file system on top at `mountpoint`, if it is a mountpoint. Asks the mount table
-/// and never the file system itself, which may be dead or hang.
-pub fn mounted_type(mountpoint: &Path) -> Option<String> {
-    Some(mount_on(&resolve(mountpoint).ok()?)?.kind)
+/// Our mount on top at `mountpoint`, if there is one. Asks the mount table and never the file system itself, which
+/// may be dead or hang.
+pub fn our_mount(mountpoint: &Path) -> Option<MountEntry> {
+    mount_on(&resolve(mountpoint).ok()?).filter(|mount| mount.kind == TYPE)
 }
 
 /// All mounts that are visible here, the oldest first; none if the table can't be read.
@@ -218,10 +257,7 @@ fn make_room(place: &Path) -> Result<()> {
 }
 
 fn attach_at(place: &Path, options: &AttachOptions) -> Result<OwnedFd> {
-    let kind = fs::metadata(place).doing("look at the mountpoint")?.mode() & libc::S_IFMT;
-    if kind != libc::S_IFDIR && kind != libc::S_IFREG {
-        return Err(unusable("it is neither a directory nor a regular file"));
-    }
+    let kind = kind_of(place)?;
     if geteuid().is_root() {
         match attach_as_root(place, kind, options) {
             // Root of a container, perhaps.
@@ -404,13 +440,15 @@ fn mount_on(place: &Path) -> Option<MountEntry> {
 /// number of fields before the dash varies.
 fn parse_mount(line: &[u8]) -> Option<MountEntry> {
     let mut fields = line.split(|&byte| byte == b' ');
-    let mountpoint = fields.nth(4)?;
+    let device = fields.nth(2)?;
+    let mountpoint = fields.nth(1)?;
     let mount_options = fields.next()?;
     let mut fields = fields.skip_while(|&field| field != b"-").skip(1);
     let (kind, source, options) = (fields.next()?, fields.next()?, fields.next()?);
 
     let text = String::from_utf8_lossy;
     Some(MountEntry {
+        device: text(device).into_owned(),
         source: unescape(source),
         mountpoint: unescape(mountpoint),
         kind: text(kind).into_owned(),
@@ -463,10 +501,12 @@ mod tests {
     fn a_line_of_the_mount_table_has_optional_fields_and_escapes() {
         let line = br"36 35 0:41 / /mnt/a\040b rw,nosuid shared:1 master:2 - fuse.qchainfs /a\134b.qcow2 ro,user_id=0";
         let mount = parse_mount(line).expect("a mount");
+        assert_eq!(mount.device, "0:41");
         assert_eq!(mount.mountpoint, Path::new("/mnt/a b"));
         assert_eq!(mount.source, Path::new(r"/a\b.qcow2"));
         assert_eq!(mount.kind, TYPE);
         assert_eq!(mount.options, "rw,nosuid,ro,user_id=0");
+        assert_eq!(mount.owner(), Some(0));
         assert_eq!(parse_mount(b"36 35 0:41 / /mnt rw - tmpfs"), None);
     }
 
@@ -507,7 +547,7 @@ mod tests {
 
     #[test]
     fn a_mountpoint_of_another_kind_is_not_ours_to_unmount() {
-        assert_eq!(mounted_type(Path::new("/proc/")).as_deref(), Some("proc"));
+        assert_eq!(our_mount(Path::new("/proc/")), None);
         let error = detach(Path::new("/proc"), Detach::WhenIdle).expect_err("not ours");
         assert!(matches!(error.problem(), Problem::NotMounted), "{error}");
     }

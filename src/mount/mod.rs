@@ -11,13 +11,15 @@ mod inode;
 mod names;
 mod partitions;
 mod session;
+mod state;
 mod tree;
 mod view_files;
 
-pub use attach::{Audience, Detach, MountEntry, MountFlag, detach, mounted_type, our_mounts};
+pub use attach::{Audience, Detach, MountEntry, MountFlag, detach, our_mount, our_mounts};
 pub use inode::Inode;
 pub use session::{MountOptions, Session, Stop};
+pub use state::{open_process, server};
 pub use tree::{
-    Attributes, Caching, DiscardMode, Entry, Growth, Handle, Kind, Lifetime, OpenFor, Ownership,
-    Statistics, Tree, TreeOptions,
+    Attributes, Caching, DiscardMode, Entry, Growth, Handle, Kind, Layout, Lifetime, OpenFor,
+    Ownership, Statistics, Tree, TreeOptions,
 };

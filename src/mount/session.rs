@@ -1,6 +1,7 @@
 //! A mount from its beginning to its end.
 
 use std::fs::OpenOptions;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -10,12 +11,16 @@ use std::time::Duration;
 
 use fuser::{Config, SessionACL};
 
-use super::attach::{AttachOptions, Audience, Detach, MountFlag, attach, detach};
+use super::attach::{
+    AttachOptions, Audience, Detach, MountFlag, attach, detach, layout_at, our_mount,
+};
 use super::fuse::Fuse;
+use super::state::State;
 use super::tree::{Tree, TreeOptions};
 use crate::chain::{Chain, View};
 use crate::error::{At, Doing, Error, Problem, Result};
 use crate::image::Writability;
+use crate::store::FileId;
 
 /// What was written is made durable after this time, even if nobody asks.
 const WRITE_BACK_EVERY: Duration = Duration::from_secs(2);
@@ -23,7 +28,7 @@ const WRITE_BACK_EVERY: Duration = Duration::from_secs(2);
 /// How to mount.
 #[derive(Debug, Clone)]
 pub struct MountOptions {
-    /// Where; absolute.
+    /// Where; absolute. A regular file becomes the disk of the one view at the root.
     pub mountpoint: PathBuf,
     /// How the files look.
     pub tree: TreeOptions,
@@ -40,6 +45,7 @@ pub struct Session {
     fuse: fuser::Session<Fuse>,
     chain: Arc<Chain>,
     mountpoint: PathBuf,
+    _state: Option<State>,
 }
 
 /// Ends a session from another thread.
@@ -59,11 +65,9 @@ impl Session {
         let chain = root.chain().clone();
         let writability =
             if root.is_writable() { Writability::Writable } else { Writability::ReadOnly };
-        let tree = Tree::new(root, options.tree.clone())?;
-        if options.mountpoint.metadata().is_ok_and(|place| !place.is_dir()) {
-            let reason = "it is not a directory".to_owned();
-            return Err(Error::new(Problem::Mountpoint { reason }).at(&options.mountpoint));
-        }
+        let layout = layout_at(&options.mountpoint)?;
+        check_is_no_member(&options.mountpoint, &chain)?;
+        let tree = Tree::new(root, layout, options.tree.clone())?;
         let connection = attach(
             &options.mountpoint,
             &AttachOptions {
@@ -80,7 +84,11 @@ impl Session {
         let fuse =
             fuser::Session::from_fd(Fuse::new(Arc::new(tree)), connection, SessionACL::All, config);
         match fuse.doing("talk to the kernel's FUSE").at(&options.mountpoint) {
-            Ok(fuse) => Ok(Self { fuse, chain, mountpoint: options.mountpoint.clone() }),
+            Ok(fuse) => {
+                let mountpoint = options.mountpoint.clone();
+                let state = publish_state(&mountpoint);
+                Ok(Self { fuse, chain, mountpoint, _state: state })
+            }
             Err(error) => {
                 // Nobody will answer there: a mount left behind would hang whoever touches it.
                 if let Err(left) = detach(&options.mountpoint, Detach::Now) {
@@ -162,6 +170,29 @@ impl WriteBack {
         drop(self.finish);
         if self.thread.join().is_err() {
             log::error!("the write-back thread ran into a bug");
+        }
+    }
+}
+
+/// A mount that hides a file of its own chain could not be found again by that file's name.
+fn check_is_no_member(mountpoint: &Path, chain: &Chain) -> Result<()> {
+    let Ok(place) = mountpoint.metadata() else { return Ok(()) };
+    let id = FileId { device: place.dev(), inode: place.ino() };
+    if chain.members().iter().all(|member| member.store().id() != id) {
+        return Ok(());
+    }
+    let reason = "it is a file of the chain itself, which the mount would hide".to_owned();
+    Err(Error::new(Problem::Mountpoint { reason }).at(mountpoint))
+}
+
+/// Says who serves the mount. Without that it works, and only `umount` can't wait for us on a mount that is a file.
+fn publish_state(mountpoint: &Path) -> Option<State> {
+    let mount = our_mount(mountpoint)?;
+    match State::publish(&mount) {
+        Ok(state) => Some(state),
+        Err(error) => {
+            log::info!("{}: no state file: {error}", mountpoint.display());
+            None
         }
     }
 }

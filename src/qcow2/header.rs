@@ -15,7 +15,8 @@ use crate::units::HostOffset;
 /// Greatest length of a backing file's name in bytes.
 pub const MAX_BACKING_NAME: usize = 1023;
 
-const MAGIC: [u8; 4] = *b"QFI\xfb";
+/// The first bytes of every qcow2 image.
+pub const MAGIC: [u8; 4] = *b"QFI\xfb";
 const COMPRESSION_ZLIB: u8 = 0;
 const COMPRESSION_ZSTD: u8 = 1;
 /// Length of the version 3 header that we write: up to the compression type, padded.

@@ -21,7 +21,7 @@ pub use entry::{
 pub use extension::Extension;
 pub use features::{AutoclearFeatures, CompatibleFeatures, IncompatibleFeatures};
 pub use geometry::{Geometry, L2Form};
-pub use header::{Header, MAX_BACKING_NAME, Version, offsets};
+pub use header::{Header, MAGIC, MAX_BACKING_NAME, Version, offsets};
 pub use snapshot::{SNAPSHOT_FIXED_LEN, Snapshot, SnapshotLengths};
 
 /// Greatest size of an L1 table in bytes that QEMU opens, and so do we.

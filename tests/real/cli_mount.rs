@@ -151,7 +151,7 @@ fn a_mountpoint_that_can_not_be_used_is_refused_and_the_image_let_go() {
     let images = Images::new();
     let image = images.create("disk.qcow2", M, "");
     let untouched = Untouched::now(&[&image]);
-    for wrong in [images.path("missing"), image.clone()] {
+    for wrong in [images.path("missing"), image.clone(), "/dev/null".into()] {
         let outcome = qchainfs(&args!["mount", image, wrong]);
         let code = outcome.code.expect("a code");
         assert!([1, 10].contains(&code), "{outcome}");

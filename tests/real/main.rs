@@ -4,9 +4,11 @@
 mod support;
 
 mod cli_create;
+mod cli_diff;
 mod cli_info;
 mod cli_map;
 mod cli_mount;
+mod compose;
 mod compressed;
 mod direct;
 mod helper;
@@ -19,6 +21,7 @@ mod policy;
 mod preserved;
 mod reading;
 mod refusals;
+mod single_file;
 mod sizes;
 mod snapshots;
 mod sparse;

@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, RwLock};
 
 use super::handles::Handles;
-use super::{Directory, Document, Node, Partitions, Tree, TreeOptions, What, Window};
+use super::{Directory, Document, Layout, Node, Partitions, Tree, TreeOptions, What, Window};
 use crate::chain::{Chain, View};
 use crate::error::{Error, Result};
 use crate::mount::inode::Inode;
@@ -15,11 +15,11 @@ use crate::mount::names::{file_name, insert_unique};
 use crate::mount::view_files::ViewFiles;
 
 impl Tree {
-    /// The tree whose root shows `root`, a view of member 0 of its chain.
+    /// The tree whose root shows `root`, a view of member 0 of its chain, as a directory or as the disk itself.
     ///
     /// # Errors
     /// A view of another member.
-    pub fn new(root: View, options: TreeOptions) -> Result<Self> {
+    pub fn new(root: View, layout: Layout, options: TreeOptions) -> Result<Self> {
         if root.member() != 0 {
             return Err(Error::usage("the root of a tree is a view of member 0"));
         }
@@ -30,7 +30,13 @@ impl Tree {
             views: Vec::new(),
             nodes: HashMap::new(),
         };
-        builder.root(root)?;
+        match layout {
+            Layout::Directory => builder.root(root)?,
+            Layout::File => {
+                let view = builder.add_view(root);
+                builder.put(Inode::ROOT, Inode::ROOT, view, What::Disk(Window::Whole));
+            }
+        }
         Ok(Self {
             chain,
             options,

@@ -49,6 +49,15 @@ pub struct TreeOptions {
     pub discard: DiscardMode,
 }
 
+/// What a mount shows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Layout {
+    /// A directory with every view of the chain.
+    Directory,
+    /// The disk of one view, and nothing else.
+    File,
+}
+
 /// Owner and modes of everything in a mount.
 #[derive(Debug, Clone, Copy)]
 pub struct Ownership {

@@ -5,6 +5,7 @@ pub mod held;
 pub mod images;
 pub mod loopdev;
 pub mod mounted;
+pub mod mounted_file;
 pub mod oracle;
 pub mod random;
 pub mod tools;

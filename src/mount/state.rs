@@ -1,0 +1,185 @@
+//! What a live mount leaves where other processes find it, whatever the mount itself shows: who serves it.
+//!
+//! The file is named by the mount's device number, which nobody has to ask the mount for. Since such numbers are used
+//! again, and a process that was killed leaves its file behind, the process is known by its start, too.
+
+use std::env;
+use std::fs::{self, DirBuilder, File, Permissions};
+use std::io::{self, ErrorKind, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::unistd::geteuid;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use serde_json::{Value, json};
+
+use super::attach::MountEntry;
+
+/// The state of a mount that this process serves; it goes when this is dropped.
+pub struct State {
+    directory: PathBuf,
+    file: PathBuf,
+}
+
+impl State {
+    /// Says that this process serves `mount`.
+    ///
+    /// # Errors
+    /// No directory for it, as where a user is not logged in.
+    pub fn publish(mount: &MountEntry) -> io::Result<Self> {
+        let mut problem = io::Error::from(ErrorKind::NotFound);
+        for directory in directories(geteuid().as_raw()) {
+            match Self::publish_in(directory, mount) {
+                Err(error) => problem = error,
+                done => return done,
+            }
+        }
+        Err(problem)
+    }
+
+    fn publish_in(directory: PathBuf, mount: &MountEntry) -> io::Result<Self> {
+        match DirBuilder::new().mode(0o700).create(&directory) {
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+            done => done?,
+        }
+        let metadata = directory.symlink_metadata()?;
+        if !metadata.is_dir() || metadata.uid() != geteuid().as_raw() {
+            return Err(ErrorKind::PermissionDenied.into());
+        }
+        let _lock = lock(&directory)?;
+        let state = json!({
+            "pid": std::process::id(),
+            "start-time": start_time(std::process::id()),
+            "mountpoint": mount.mountpoint.display().to_string(),
+            "image": mount.source.display().to_string(),
+            "version": env!("CARGO_PKG_VERSION"),
+        });
+        let file = directory.join(file_name(mount));
+        // Nobody may read a half of it.
+        let unfinished = directory.join(format!("{}.new", std::process::id()));
+        let mut new = File::create(&unfinished)?;
+        new.set_permissions(Permissions::from_mode(0o600))?;
+        new.write_all(format!("{state:#}\n").as_bytes())?;
+        fs::rename(&unfinished, &file)?;
+        Ok(Self { directory, file })
+    }
+}
+
+impl Drop for State {
+    fn drop(&mut self) {
+        // The number is free again once the mount is gone, and the file may be another's by now.
+        let removed = lock(&self.directory).and_then(|_lock| {
+            let ours = read(&self.file).is_some_and(|state| state["pid"] == std::process::id());
+            if ours { fs::remove_file(&self.file) } else { Ok(()) }
+        });
+        if let Err(error) = removed {
+            log::debug!("{}: {error}", self.file.display());
+        }
+    }
+}
+
+/// The process that serves `mount`, if its state is known and it is still there.
+pub fn server(mount: &MountEntry) -> Option<OwnedFd> {
+    let owner = mount.owner().unwrap_or_else(|| geteuid().as_raw());
+    let own = directories(geteuid().as_raw());
+    let places = own.into_iter().chain(directories(owner));
+    places.map(|directory| directory.join(file_name(mount))).find_map(|file| {
+        // What somebody else says about a mount is worth nothing.
+        let writer = file.symlink_metadata().ok().filter(fs::Metadata::is_file)?.uid();
+        if writer != owner && writer != geteuid().as_raw() {
+            return None;
+        }
+        let state = read(&file)?;
+        let pid = u32::try_from(state["pid"].as_u64()?).ok()?;
+        // Once it is held, its number can't become another's.
+        let process = open_process(pid)?;
+        (start_time(pid)? == state["start-time"].as_u64()?).then_some(process)
+    })
+}
+
+/// The process of that number, to wait for.
+pub fn open_process(pid: u32) -> Option<OwnedFd> {
+    let pid = Pid::from_raw(i32::try_from(pid).ok()?)?;
+    pidfd_open(pid, PidfdFlags::empty()).ok()
+}
+
+/// Where user `uid` keeps such files, the best place first.
+fn directories(uid: u32) -> Vec<PathBuf> {
+    let mut parents = Vec::new();
+    if uid == 0 {
+        parents.push(PathBuf::from("/run"));
+    }
+    if uid == geteuid().as_raw() {
+        let named = env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
+        parents.extend(named.filter(|directory| directory.is_absolute()));
+    }
+    parents.push(Path::new("/run/user").join(uid.to_string()));
+    parents.into_iter().map(|parent| parent.join("qchainfs")).collect()
+}
+
+/// `0-41.json` for the device 0:41.
+fn file_name(mount: &MountEntry) -> String {
+    format!("{}.json", mount.device.replace(':', "-"))
+}
+
+fn read(file: &Path) -> Option<Value> {
+    serde_json::from_slice(&fs::read(file).ok()?).ok()
+}
+
+/// Keeps other processes from changing what is in `directory` until the result is dropped.
+fn lock(directory: &Path) -> io::Result<File> {
+    let opened = File::open(directory)?;
+    opened.lock()?;
+    Ok(opened)
+}
+
+/// When the process started, in the kernel's ticks since boot.
+fn start_time(pid: u32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // Field 22; the name, field 2, may hold anything, parentheses and spaces included.
+    let (_, behind_name) = stat.rsplit_once(')')?;
+    behind_name.split_whitespace().nth(19)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mount(device: &str) -> MountEntry {
+        MountEntry {
+            device: device.into(),
+            source: "/a.qcow2".into(),
+            mountpoint: "/mnt".into(),
+            kind: "fuse.qchainfs".into(),
+            options: format!("rw,user_id={},group_id=0", geteuid()),
+        }
+    }
+
+    #[test]
+    fn the_state_of_a_mount_goes_with_it() {
+        let temp = tempfile::tempdir().unwrap();
+        let state = State::publish_in(temp.path().join("new"), &mount("0:41")).unwrap();
+        let file = temp.path().join("new/0-41.json");
+        assert_eq!(read(&file).unwrap()["pid"], std::process::id());
+        drop(state);
+        assert!(!file.exists());
+        assert_eq!(fs::read_dir(temp.path().join("new")).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn the_state_that_another_process_has_written_meanwhile_stays() {
+        let temp = tempfile::tempdir().unwrap();
+        let state = State::publish_in(temp.path().into(), &mount("0:41")).unwrap();
+        let file = temp.path().join("0-41.json");
+        fs::write(&file, "{\"pid\": 1}").unwrap();
+        drop(state);
+        assert!(file.exists());
+    }
+
+    #[test]
+    fn a_process_has_a_start_time() {
+        assert!(start_time(std::process::id()).is_some_and(|time| time > 0));
+        assert_eq!(start_time(u32::MAX), None);
+    }
+}
