@@ -60,6 +60,10 @@ pub enum Problem {
         /// The processes, as far as they can be seen.
         holders: Vec<Process>,
     },
+    /// The image is encrypted and nobody gave a key.
+    KeyMissing,
+    /// The key that was given does not open the image.
+    WrongKey,
     /// A member names itself, directly or through others.
     BackingLoop {
         /// The files from the top down to the one that repeats.
@@ -192,6 +196,8 @@ pub enum Kind {
     NotFound,
     /// Another process holds the image.
     Locked,
+    /// The key of an encrypted image is missing or wrong.
+    Key,
     /// The policy on implied opens refused a file.
     Policy,
     /// The image needs a feature that is not supported.
@@ -257,6 +263,7 @@ impl Error {
                 Kind::NotFound
             }
             Problem::Locked { .. } => Kind::Locked,
+            Problem::KeyMissing | Problem::WrongKey => Kind::Key,
             Problem::Refused { .. } => Kind::Policy,
             Problem::Unsupported { .. } => Kind::Unsupported,
             Problem::Usage { .. } => Kind::Usage,

@@ -4,6 +4,7 @@
 //! Nothing here panics on hostile bytes.
 
 mod compression;
+pub mod encryption;
 mod entry;
 mod extension;
 mod features;
