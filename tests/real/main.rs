@@ -9,6 +9,7 @@ mod cli_map;
 mod cli_mount;
 mod compressed;
 mod direct;
+mod encryption_floor;
 mod helper;
 mod killed;
 mod locks;
