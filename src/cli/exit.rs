@@ -14,6 +14,8 @@ pub const DIFFERENT: u8 = 4;
 pub const NOT_FOUND: u8 = 10;
 /// Another process holds the image.
 pub const LOCKED: u8 = 11;
+/// The key of an encrypted image is missing or wrong.
+pub const KEY: u8 = 12;
 /// The policy on implied opens refused a file.
 pub const POLICY: u8 = 13;
 /// The image needs a feature that is not supported.
@@ -26,6 +28,7 @@ pub fn code(error: &Error) -> u8 {
         Kind::Usage => USAGE,
         Kind::NotFound => NOT_FOUND,
         Kind::Locked => LOCKED,
+        Kind::Key => KEY,
         Kind::Policy => POLICY,
         Kind::Unsupported => UNSUPPORTED,
     }

@@ -65,6 +65,10 @@ pub enum Problem {
         /// The processes, as far as they can be seen.
         holders: Vec<Process>,
     },
+    /// The image is encrypted and nobody gave a key.
+    KeyMissing,
+    /// The key that was given does not open the image.
+    WrongKey,
     /// A member names itself, directly or through others.
     BackingLoop {
         /// The files from the top down to the one that repeats.
@@ -197,6 +201,8 @@ pub enum Kind {
     NotFound,
     /// Another process holds the image.
     Locked,
+    /// The key of an encrypted image is missing or wrong.
+    Key,
     /// The policy on implied opens refused a file.
     Policy,
     /// The image needs a feature that is not supported.
@@ -262,6 +268,7 @@ impl Error {
                 Kind::NotFound
             }
             Problem::Locked { .. } => Kind::Locked,
+            Problem::KeyMissing | Problem::WrongKey => Kind::Key,
             Problem::Refused { .. } => Kind::Policy,
             Problem::Unsupported { .. } | Problem::ReadableOnly { .. } => Kind::Unsupported,
             Problem::Usage { .. } => Kind::Usage,

@@ -35,6 +35,8 @@ impl Error {
                     None => format!("{file} is {doing} by another process"),
                 }
             }
+            Problem::KeyMissing => format!("{file} is encrypted and needs a key"),
+            Problem::WrongKey => format!("{file} can't be decrypted with this key"),
             Problem::BackingLoop { .. } => format!("{file}: the backing chain is a loop"),
             Problem::BackingMissing { name, .. } => {
                 format!("{file}: its backing file \"{name}\" is not there")
@@ -97,6 +99,7 @@ impl Error {
             Problem::Locked { other: OtherUse::Reads, .. } => {
                 Some("whoever reads it relies on nobody writing it".into())
             }
+            Problem::WrongKey => Some("it opens none of the image's key slots".into()),
             Problem::BackingLoop { files } => {
                 let files: Vec<_> = files.iter().map(|file| show(file)).collect();
                 Some(files.join(" -> "))
@@ -130,6 +133,9 @@ impl Error {
                 Some(format!("qchainfs info -U {file}"))
             }
             Problem::ReadableOnly { .. } => Some(format!("qchainfs mount -r {file} MOUNTPOINT")),
+            Problem::KeyMissing => {
+                Some("qchainfs mount -o secret=FILE IMAGE MOUNTPOINT".to_owned())
+            }
             Problem::NeedsRepair { .. } => Some(format!("qemu-img check -r all {file}")),
             Problem::Corrupt { .. } => Some(format!("qemu-img check {file}")),
             Problem::BackingFormatMissing { name } => Some(format!(

@@ -5,6 +5,7 @@
 
 mod bitmap;
 mod compression;
+pub mod encryption;
 mod entry;
 mod extension;
 mod features;
