@@ -86,7 +86,7 @@ fn look(image: &Image, tree: Tree<'_>, size: u64) {
         let Ok(run) = image.map(tree, range) else { return };
         assert!(run.len > 0 && run.len <= range.len);
         let mut buf = vec![0; run.len.min(4096) as usize];
-        let _ = image.read_content(run.content, &mut buf);
+        let _ = image.read_content(range.start, run.content, &mut buf);
         at += run.len;
     }
 }

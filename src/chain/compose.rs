@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::Chain;
 use super::member::{Format, Member};
-use super::open::{OpenOptions, Sharing, open_member};
+use super::open::{OpenOptions, Place, Sharing, open_member};
 use super::policy::OpenPolicy;
 use crate::error::{At, Doing, Error, Result};
 use crate::image::Writability;
@@ -50,8 +50,9 @@ impl Chain {
     /// No layer at all, a file twice, a raw file above others; any layer that is missing, locked, unsupported or
     /// broken, by its name.
     pub fn compose(layers: &[Layer], options: &OpenOptions) -> Result<Self> {
+        let options = &OpenOptions { writability: Writability::ReadOnly, ..options.clone() };
         let mut members: Vec<Member> = Vec::new();
-        for layer in layers {
+        for (above, layer) in (0..layers.len()).rev().zip(layers) {
             let path = &layer.path;
             let store = Arc::new(FileStore::open(path, Access::ReadOnly).at(path)?);
             if let Some(twin) = members.iter().find(|member| member.store().id() == store.id()) {
@@ -78,7 +79,8 @@ impl Chain {
                 )));
             }
             let policy = OpenPolicy::new(options.policy.clone(), path);
-            let member = open_member(path, store, format, Writability::ReadOnly, &policy, options)?;
+            let member =
+                open_member(Place { index: above, path }, store, format, &policy, options)?;
             if let Some(name) = member.image().and_then(|image| image.header().backing_name) {
                 let name = String::from_utf8_lossy(&name).into_owned();
                 log::info!("{}: its backing file \"{name}\" is ignored", path.display());

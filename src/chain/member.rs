@@ -7,7 +7,7 @@ use std::sync::Arc;
 use crate::error::{Doing, Result};
 use crate::image::{Content, Image, Place, Run, Tree};
 use crate::store::{FileStore, Store};
-use crate::units::{GuestRange, HostOffset};
+use crate::units::{GuestOffset, GuestRange, HostOffset};
 
 /// A member of a chain: its file and how to read it.
 pub struct Member {
@@ -126,9 +126,14 @@ impl Member {
     }
 
     /// See [`Image::read_content`].
-    pub(super) fn read_content(&self, content: Content, buf: &mut [u8]) -> Result<()> {
+    pub(super) fn read_content(
+        &self,
+        at: GuestOffset,
+        content: Content,
+        buf: &mut [u8],
+    ) -> Result<()> {
         match (&self.disk, content) {
-            (Disk::Qcow2(image), content) => image.read_content(content, buf),
+            (Disk::Qcow2(image), content) => image.read_content(at, content, buf),
             (Disk::Raw(_), Content::Data(place)) => {
                 self.store.read_at(buf, place.host).doing("read its data")
             }

@@ -8,6 +8,8 @@ mod extents;
 mod member;
 mod open;
 mod policy;
+mod secrets;
+mod unlock;
 mod view;
 
 pub use address::{Address, MemberChoice, SnapshotChoice};
@@ -18,6 +20,7 @@ pub use extents::Extent;
 pub use member::{Disk, Format, Member, RawDisk};
 pub use open::{Depth, OpenOptions, Sharing};
 pub use policy::{BackingPolicy, OpenPolicy};
+pub use secrets::{SecretFor, SecretSource, Secrets};
 pub use view::View;
 
 use std::sync::Arc;

@@ -8,6 +8,8 @@ use super::Chain;
 use super::backing_name::{self, BackingName};
 use super::member::{Disk, Format, Member, RawDisk};
 use super::policy::{BackingPolicy, OpenPolicy};
+use super::secrets::Secrets;
+use super::unlock::unlock;
 use crate::error::{At, Error, Problem, Result};
 use crate::image::{Companions, Image, Writability, read_header};
 use crate::qcow2::{DataPlace, Header};
@@ -27,6 +29,8 @@ pub struct OpenOptions {
     pub sharing: Sharing,
     /// How far down.
     pub depth: Depth,
+    /// The keys of encrypted members.
+    pub secrets: Secrets,
 }
 
 impl Default for OpenOptions {
@@ -37,6 +41,7 @@ impl Default for OpenOptions {
             policy: BackingPolicy::default(),
             sharing: Sharing::Locked,
             depth: Depth::WholeChain,
+            secrets: Secrets::default(),
         }
     }
 }
@@ -70,10 +75,7 @@ impl Chain {
         let mut members: Vec<Member> = Vec::new();
         let mut next = Some((top.to_path_buf(), top.to_path_buf(), Format::Qcow2));
         while let Some((path, file, format)) = next {
-            let writability = match members.len() {
-                0 => options.writability,
-                _ => Writability::ReadOnly,
-            };
+            let writability = Place { index: members.len(), path: &path }.writability(options);
             let access = match writability {
                 Writability::ReadOnly => Access::ReadOnly,
                 Writability::Writable => Access::ReadWrite,
@@ -91,7 +93,8 @@ impl Chain {
             if options.sharing == Sharing::Locked {
                 store.lock(lock_mode(writability)).at(&path)?;
             }
-            let member = open_member(&path, store, format, writability, &policy, options)?;
+            let place = Place { index: members.len(), path: &path };
+            let member = open_member(place, store, format, &policy, options)?;
             next = match member.image() {
                 Some(image) if options.depth == Depth::WholeChain => {
                     find_backing(&path, image, &policy).at(&path)?
@@ -104,15 +107,33 @@ impl Chain {
     }
 }
 
+/// A member's place in its chain, and its name.
+#[derive(Clone, Copy)]
+pub(super) struct Place<'a> {
+    pub index: usize,
+    pub path: &'a Path,
+}
+
+impl Place<'_> {
+    /// Only the active layer is ever written.
+    fn writability(self, options: &OpenOptions) -> Writability {
+        match self.index {
+            0 => options.writability,
+            _ => Writability::ReadOnly,
+        }
+    }
+}
+
 /// The member in `store`, which is open and locked, with all that it consists of but its backing file.
 pub(super) fn open_member(
-    path: &Path,
+    place: Place<'_>,
     store: Arc<FileStore>,
     format: Format,
-    writability: Writability,
     policy: &OpenPolicy,
     options: &OpenOptions,
 ) -> Result<Member> {
+    let Place { index, path } = place;
+    let writability = place.writability(options);
     let mut data_path = None;
     let disk = match format {
         Format::Raw => Disk::Raw(RawDisk::open(&*store).at(path)?),
@@ -120,9 +141,10 @@ pub(super) fn open_member(
             let header = read_header(&*store).at(path)?;
             header.refuse_unsupported().at(path)?;
             let data_file = open_data_file(path, &header, policy, options)?;
-            let (place, data_file) = data_file.unzip();
-            data_path = place;
-            let companions = Companions { data_file };
+            let (found, data_file) = data_file.unzip();
+            data_path = found;
+            let cipher = unlock(&*store, &header, index, path, options).at(path)?;
+            let companions = Companions { data_file, cipher };
             let image = Image::open_with(store.clone(), writability, companions);
             Disk::Qcow2(Box::new(image.at(path)?))
         }

@@ -98,7 +98,7 @@ impl View {
             let extent = extent?;
             let (now, rest) = buf.split_at_mut(extent.range.len as usize);
             let member = &self.chain.members()[extent.member];
-            member.read_content(extent.content, now).at(member.path())?;
+            member.read_content(extent.range.start, extent.content, now).at(member.path())?;
             buf = rest;
         }
         Ok(())

@@ -27,7 +27,7 @@ pub struct Arguments {
     /// Look even if another process is writing
     #[arg(short = 'U', long)]
     force_share: bool,
-    /// Options as for mount, of which backing_policy counts
+    /// Options as for mount, of which backing_policy and secret count
     #[arg(short, value_name = "OPTIONS")]
     options: Vec<String>,
     #[command(flatten)]
@@ -44,8 +44,10 @@ pub struct Arguments {
 pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     logging::to_stderr();
     let words = arguments.options.iter().map(String::as_str);
+    let words = Options::parse(words, Unknown::Refuse)?;
     let options = OpenOptions {
-        policy: Options::parse(words, Unknown::Refuse)?.policy,
+        policy: words.policy,
+        secrets: words.secrets,
         sharing: if arguments.force_share { Sharing::Forced } else { Sharing::Locked },
         ..OpenOptions::default()
     };

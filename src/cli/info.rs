@@ -9,11 +9,12 @@ use super::mount_options::{Options, Unknown};
 use super::report::printable;
 use super::size::human;
 use super::views::{ChainArgument, Views};
-use super::{Output, exit, logging, print};
+use super::{Output, exit, info_encryption, logging, print};
 use crate::chain::resolve_backing_name;
 use crate::chain::{Address, Depth, Member, MemberChoice, OpenOptions, Sharing};
 use crate::error::{At, Doing, Result};
 use crate::image::{Image, SnapshotTree};
+use crate::qcow2::encryption::CRYPT_NONE;
 use crate::qcow2::{
     Bitmap, BitmapFlags, CompatibleFeatures, Compression, DataPlace, Header, IncompatibleFeatures,
     L2Form, Snapshot, Version,
@@ -32,7 +33,7 @@ pub struct Arguments {
     /// Look even if another process is writing
     #[arg(short = 'U', long)]
     force_share: bool,
-    /// Options as for mount, of which backing_policy counts
+    /// Options as for mount, of which backing_policy and secret count
     #[arg(short, value_name = "OPTIONS")]
     options: Vec<String>,
     #[command(flatten)]
@@ -49,8 +50,10 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     let is_top = address.is_some_and(|text| Address::parse(text).member == MemberChoice::Index(0));
     let depth = if is_top && !arguments.backing_chain { Depth::TopOnly } else { Depth::WholeChain };
     let words = arguments.options.iter().map(String::as_str);
+    let words = Options::parse(words, Unknown::Refuse)?;
     let options = OpenOptions {
-        policy: Options::parse(words, Unknown::Refuse)?.policy,
+        policy: words.policy,
+        secrets: words.secrets,
         sharing: if arguments.force_share { Sharing::Forced } else { Sharing::Locked },
         depth,
         ..OpenOptions::default()
@@ -115,7 +118,11 @@ fn describe(member: &Member) -> Result<Value> {
         let header = image.header();
         put("cluster-size", header.geometry.cluster_size().into());
         put("dirty-flag", header.incompatible.contains(IncompatibleFeatures::DIRTY).into());
-        let data = format_specific(image).at(member.path())?;
+        let mut data = format_specific(image).at(member.path())?;
+        if let Some(encryption) = info_encryption::object(member, &header)? {
+            data["encrypt"] = encryption;
+            put("encrypted", true.into());
+        }
         put("format-specific", json!({ "type": "qcow2", "data": data }));
         let snapshots = image.snapshots();
         if !snapshots.is_empty() {
@@ -265,10 +272,13 @@ fn describe_in_words(member: &Member) -> Result<String> {
 fn describe_image(member: &Member, image: &Image) -> Result<String> {
     let header = image.header();
     let mut text = String::new();
+    if header.crypt_method != CRYPT_NONE {
+        text += "encrypted: yes\n";
+    }
+    text += &format!("cluster_size: {}\n", header.geometry.cluster_size());
     if header.incompatible.contains(IncompatibleFeatures::DIRTY) {
         text += "cleanly shut down: no\n";
     }
-    text += &format!("cluster_size: {}\n", header.geometry.cluster_size());
     if let Some(backing) = Backing::of(member, image) {
         let name = printable(&backing.name);
         text += &format!("backing file: {name}");
@@ -303,6 +313,7 @@ fn describe_image(member: &Member, image: &Image) -> Result<String> {
         text += &format!("    lazy refcounts: {lazy}\n");
         text += &describe_bitmaps(&image.bitmaps()?);
         text += &format!("    refcount bits: {bits}\n");
+        text += &info_encryption::lines(member, &header)?;
         if let (DataPlace::External, Some(name)) = (header.data_place(), header.data_file_name()) {
             let (name, raw) = (String::from_utf8_lossy(name), header.data_file_is_raw());
             text += &format!("    data file: {}\n    data file raw: {raw}\n", printable(&name));
@@ -310,6 +321,7 @@ fn describe_image(member: &Member, image: &Image) -> Result<String> {
         text += &format!("    corrupt: {corrupt}\n    extended l2: {extended}\n");
     } else {
         text += &format!("    refcount bits: {bits}\n");
+        text += &info_encryption::lines(member, &header)?;
     }
     Ok(text)
 }

@@ -5,6 +5,7 @@ mod create;
 mod diff;
 mod exit;
 mod info;
+mod info_encryption;
 mod logging;
 mod map;
 mod mount;
@@ -29,7 +30,7 @@ use crate::error::Result;
     name = "qchainfs",
     version,
     after_help = "Exit codes: 0 done, 1 failed, 2 usage, 4 diff found differences, 10 image not found,\n\
-                  11 locked by another process, 13 refused by policy, 14 unsupported feature."
+                  11 locked by another process, 12 key missing or wrong, 13 refused by policy, 14 unsupported feature."
 )]
 struct Arguments {
     #[command(subcommand)]

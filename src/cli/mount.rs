@@ -169,6 +169,7 @@ impl Plan {
         OpenOptions {
             writability,
             policy: self.options.policy.clone(),
+            secrets: self.options.secrets.clone(),
             sharing: self.options.sharing,
             ..OpenOptions::default()
         }

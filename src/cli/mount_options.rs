@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::chain::{BackingPolicy, Sharing};
+use crate::chain::{BackingPolicy, SecretFor, SecretSource, Secrets, Sharing};
 use crate::error::{Error, Result};
 use crate::image::Writability;
 use crate::mount::{Audience, DiscardMode, Growth, MountFlag};
@@ -21,6 +21,9 @@ pub const HELP: &str = "Mount options, separated by commas:\n\
      top image's directory), any, deny, allow:DIR (may be repeated)\n\
      discard=unmap|ignore    whether discards give host space back (default: unmap)\n\
      lock=on|off             take and heed image locks (default: on)\n\
+     secret=SOURCE           key of encrypted images: a file, env:VARIABLE or cred:NAME (a\n                        \
+     systemd credential)\n\
+     secret[M]=SOURCE        key of the member with index or file name M only\n\
      threads=N               threads that answer requests\n\
      noexec, noatime         as in mount(8), whose other options are accepted and ignored";
 
@@ -45,6 +48,8 @@ pub struct Options {
     pub discard: DiscardMode,
     /// `lock=`.
     pub sharing: Sharing,
+    /// `secret=`.
+    pub secrets: Secrets,
     /// `threads=`.
     pub threads: Option<usize>,
     /// Flags for the kernel.
@@ -72,6 +77,7 @@ impl Default for Options {
             policy: BackingPolicy::default(),
             discard: DiscardMode::Unmap,
             sharing: Sharing::Locked,
+            secrets: Secrets::default(),
             threads: None,
             flags: Vec::new(),
         }
@@ -123,7 +129,16 @@ impl Options {
             ("lock", Some("on")) => self.sharing = Sharing::Locked,
             ("lock", Some("off")) => self.sharing = Sharing::Forced,
             ("backing_policy", Some(value)) => self.take_policy(value)?,
-            ("discard" | "lock" | "uid" | "gid" | "umask" | "threads" | "backing_policy", _) => {
+            (key, Some(value)) if secret_for(key).is_some() && !value.is_empty() => {
+                if let Some(members) = secret_for(key) {
+                    self.secrets.add(members, SecretSource::parse(value));
+                }
+            }
+            (
+                "discard" | "lock" | "secret" | "uid" | "gid" | "umask" | "threads"
+                | "backing_policy",
+                _,
+            ) => {
                 return Err(Error::usage(format!(
                     "mount option {key} does not take the value \"{}\"",
                     value.unwrap_or_default()
@@ -155,6 +170,16 @@ impl Options {
         };
         Ok(())
     }
+}
+
+/// Which members the key `secret` or `secret[M]` of an option is about.
+fn secret_for(key: &str) -> Option<SecretFor> {
+    let rest = key.strip_prefix("secret")?;
+    if rest.is_empty() {
+        return Some(SecretFor::AnyMember);
+    }
+    let member = rest.strip_prefix('[')?.strip_suffix(']')?;
+    Some(SecretFor::Member(member.into()))
 }
 
 fn number(key: &str, value: &str, radix: u32) -> Result<u32> {

@@ -134,7 +134,7 @@ impl Error {
             }
             Problem::ReadableOnly { .. } => Some(format!("qchainfs mount -r {file} MOUNTPOINT")),
             Problem::KeyMissing => {
-                Some("qchainfs mount -o secret=FILE IMAGE MOUNTPOINT".to_owned())
+                Some(format!("qchainfs mount -r -o secret=FILE {file} MOUNTPOINT"))
             }
             Problem::NeedsRepair { .. } => Some(format!("qemu-img check -r all {file}")),
             Problem::Corrupt { .. } => Some(format!("qemu-img check {file}")),

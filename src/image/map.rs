@@ -241,7 +241,11 @@ impl ClusterEntry {
         let place = |(host, copied): (HostOffset, bool)| Place { host: host + at, copied };
         match self {
             Self::Standard(L2Entry::Unallocated) => Content::Unallocated { kept: None },
-            Self::Standard(L2Entry::Zero { host }) => Content::Zero { kept: host.map(place) },
+            Self::Standard(L2Entry::Zero { host }) => {
+                // Offset 0 of a data file may be a place, but QEMU takes it for none here, and maps shall agree.
+                let kept = host.filter(|(host, _)| *host != HostOffset::ZERO);
+                Content::Zero { kept: kept.map(place) }
+            }
             Self::Standard(L2Entry::Data { host, copied }) => Content::Data(place((host, copied))),
             Self::Standard(L2Entry::Compressed(cluster))
             | Self::Extended(ExtendedL2Entry::Compressed(cluster)) => {

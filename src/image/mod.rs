@@ -7,6 +7,7 @@
 mod allocate;
 mod below;
 mod bitmaps;
+mod cipher;
 mod create;
 mod decompressed;
 mod flush;
@@ -27,6 +28,7 @@ mod write;
 mod zero;
 
 pub use below::{Below, Nothing};
+pub use cipher::{GuestCipher, SectorNumbering, read_luks_area};
 pub use create::{CreateOptions, NewImage};
 pub use map::{Content, Place, Run, Tree};
 pub use open::{Companions, read_header};
@@ -37,6 +39,7 @@ pub use zero::ZeroMode;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
+use self::cipher::Encryption;
 use self::decompressed::Decompressed;
 use self::metadata::Metadata;
 use self::ranges::{Mode, RangeLocks};
@@ -53,6 +56,7 @@ pub struct Image {
     /// Where guest data is: `store` itself, or an external data file.
     data: Arc<dyn Store>,
     decompressed: Decompressed,
+    encryption: Encryption,
     geometry: Geometry,
     /// Virtual size in bytes.
     size: AtomicU64,

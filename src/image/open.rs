@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, RwLock};
 
 use super::allocate::Allocator;
+use super::cipher::{Encryption, GuestCipher};
 use super::decompressed::Decompressed;
 use super::layout::{Layout, Owner};
 use super::metadata::Metadata;
@@ -13,6 +14,7 @@ use super::snapshots::SnapshotTable;
 use super::table::Table;
 use super::{Image, Writability};
 use crate::error::{Doing, Error, Problem, RepairMark, Result};
+use crate::qcow2::encryption::CRYPT_NONE;
 use crate::qcow2::{
     AutoclearFeatures, DataPlace, Header, IncompatibleFeatures, L1Entry, L2Form, offsets,
 };
@@ -51,6 +53,11 @@ impl Image {
         if writability == Writability::Writable {
             refuse_unwritable(&header)?;
         }
+        let encryption = match (header.crypt_method, companions.cipher) {
+            (CRYPT_NONE, _) => Encryption::None,
+            (_, Some(cipher)) => Encryption::Unlocked(cipher),
+            (_, None) => Encryption::Locked,
+        };
         let geometry = header.geometry;
         let header_compression = header.compression();
         let read_table = match writability {
@@ -85,6 +92,7 @@ impl Image {
             generation: AtomicU64::new(0),
             decompressed: Decompressed::new(header_compression, geometry),
             data,
+            encryption,
             store,
         })
     }
@@ -114,6 +122,9 @@ pub struct Companions {
     /// The external data file, if [`Header::data_place`] says that there is one. Without it the image can be looked
     /// at, but not read.
     pub data_file: Option<Arc<dyn Store>>,
+    /// The cipher with its key, if [`Header::crypt_method`] says that data is encrypted. Without it the image can be
+    /// looked at, but not read.
+    pub cipher: Option<GuestCipher>,
 }
 
 /// Reads and checks the header, features and places of tables aside.
@@ -147,6 +158,9 @@ fn refuse_unwritable(header: &Header) -> Result<()> {
         return Err(Error::new(Problem::ReadableOnly {
             feature: "an image with extended L2 entries",
         }));
+    }
+    if header.crypt_method != CRYPT_NONE {
+        return Err(Error::new(Problem::ReadableOnly { feature: "an encrypted image" }));
     }
     if header.data_place() == DataPlace::External {
         return Err(Error::new(Problem::ReadableOnly {

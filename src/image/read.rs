@@ -1,25 +1,30 @@
 //! From a place in the image file to bytes of the disk.
 
+use super::cipher::Encryption;
 use super::map::{Content, Tree};
 use super::{Below, Image};
-use crate::error::{Doing, Result};
+use crate::error::{Doing, Error, Problem, Result};
 use crate::units::{GuestOffset, GuestRange};
 
 impl Image {
-    /// Fills `buf` with the first bytes of a run that [`Image::map`] has found.
+    /// Fills `buf` with the first bytes of a run that [`Image::map`] has found at `at`.
     ///
     /// `buf` must not reach behind the run. An unallocated run reads as zero here: what shows through is not this
     /// image's business.
     ///
     /// # Errors
     /// Failing reads; a compressed cluster that does not decompress to a whole cluster.
-    pub fn read_content(&self, content: Content, buf: &mut [u8]) -> Result<()> {
+    pub fn read_content(&self, at: GuestOffset, content: Content, buf: &mut [u8]) -> Result<()> {
         match content {
             Content::Unallocated { .. } | Content::Zero { .. } => {
                 buf.fill(0);
                 Ok(())
             }
-            Content::Data(place) => self.data.read_at(buf, place.host).doing("read its data"),
+            Content::Data(place) => match &self.encryption {
+                Encryption::None => self.data.read_at(buf, place.host).doing("read its data"),
+                Encryption::Unlocked(cipher) => cipher.read(&*self.data, at, place.host, buf),
+                Encryption::Locked => Err(Error::new(Problem::KeyMissing)),
+            },
             Content::Compressed { cluster, skip } => {
                 let bytes = self.decompressed.get(&*self.store, cluster);
                 let bytes = bytes.map_err(|error| self.note(error))?;
@@ -47,7 +52,7 @@ impl Image {
             let (now, rest) = buf.split_at_mut(run.len as usize);
             match run.content {
                 Content::Unallocated { .. } => below.read(at, now)?,
-                content => self.read_content(content, now)?,
+                content => self.read_content(at, content, now)?,
             }
             at = at + run.len;
             buf = rest;

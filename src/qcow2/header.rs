@@ -3,6 +3,7 @@
 use zerocopy::big_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+use super::encryption::{CRYPT_AES, CRYPT_LUKS, CRYPT_NONE};
 use super::features::incompatible_name;
 use super::{
     AutoclearFeatures, BitmapDirectory, CompatibleFeatures, Compression, DataPlace, EntryRules,
@@ -223,9 +224,7 @@ impl Header {
     pub fn refuse_unsupported(&self) -> Result<()> {
         use IncompatibleFeatures as Bits;
         match self.crypt_method {
-            0 => {}
-            1 => return Err(Error::unsupported("AES encryption")),
-            2 => return Err(Error::unsupported("LUKS encryption")),
+            CRYPT_NONE | CRYPT_AES | CRYPT_LUKS => {}
             other => return Err(Error::unsupported(format!("encryption method {other}"))),
         }
         let supported = Bits::DIRTY

@@ -11,6 +11,7 @@ mod cli_mount;
 mod compose;
 mod compressed;
 mod direct;
+mod encryption;
 mod encryption_floor;
 mod helper;
 mod killed;

@@ -97,7 +97,7 @@ fn read_snapshot(image: &Image, tree: &super::super::SnapshotTree, below: &dyn B
         let now = &mut disk[at..at + run.len as usize];
         match run.content {
             super::super::Content::Unallocated { .. } => below.read(range.start, now).unwrap(),
-            content => image.read_content(content, now).unwrap(),
+            content => image.read_content(range.start, content, now).unwrap(),
         }
         at += run.len as usize;
     }

@@ -64,6 +64,7 @@ impl Hash {
     }
 
     /// Length of a digest in bytes.
+    #[allow(clippy::len_without_is_empty, reason = "no digest is empty")]
     pub fn len(self) -> usize {
         with!(self, Algorithm => <Algorithm as Digest>::output_size())
     }

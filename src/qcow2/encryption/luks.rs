@@ -56,29 +56,29 @@ struct KeySlot {
 
 #[derive(FromBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
-struct RawHeader {
+pub(super) struct RawHeader {
     magic: [u8; 6],
     version: U16,
-    cipher_name: [u8; 32],
-    cipher_mode: [u8; 32],
-    hash_spec: [u8; 32],
-    payload_sector: U32,
-    key_bytes: U32,
+    pub cipher_name: [u8; 32],
+    pub cipher_mode: [u8; 32],
+    pub hash_spec: [u8; 32],
+    pub payload_sector: U32,
+    pub key_bytes: U32,
     digest: [u8; DIGEST_LEN],
     digest_salt: [u8; 32],
-    digest_rounds: U32,
-    uuid: [u8; 40],
-    slots: [RawSlot; 8],
+    pub digest_rounds: U32,
+    pub uuid: [u8; 40],
+    pub slots: [RawSlot; 8],
 }
 
 #[derive(FromBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
-struct RawSlot {
+pub(super) struct RawSlot {
     active: U32,
-    rounds: U32,
+    pub rounds: U32,
     salt: [u8; 32],
-    material_sector: U32,
-    stripes: U32,
+    pub material_sector: U32,
+    pub stripes: U32,
 }
 
 impl LuksHeader {
@@ -201,6 +201,12 @@ impl fmt::Debug for VolumeKey {
     }
 }
 
+impl RawSlot {
+    pub fn is_active(&self) -> bool {
+        self.active.get() == SLOT_ACTIVE
+    }
+}
+
 impl KeySlot {
     /// The slot, unless it is free.
     fn parse(raw: &RawSlot, header: &RawHeader, area: &[u8]) -> Result<Option<Self>> {
@@ -248,7 +254,7 @@ impl KeySlot {
 }
 
 /// A name that ends with a zero byte. It comes from a file: nothing but visible ASCII may reach a terminal.
-fn text<'a>(field: &'static str, bytes: &'a [u8; 32]) -> Result<&'a str> {
+pub(super) fn text<'a>(field: &'static str, bytes: &'a [u8]) -> Result<&'a str> {
     let name = bytes.iter().position(|&byte| byte == 0).map(|end| &bytes[..end]);
     name.filter(|name| name.iter().all(u8::is_ascii_graphic))
         .and_then(|name| std::str::from_utf8(name).ok())

@@ -13,6 +13,7 @@ mod antiforensic;
 mod area;
 mod block;
 mod cipher;
+mod describe;
 mod hash;
 mod luks;
 mod modes;
@@ -22,6 +23,7 @@ mod tests;
 
 pub use area::{LuksArea, MAX_LUKS_AREA_BYTES};
 pub use cipher::SectorCipher;
+pub use describe::{LuksDescription, SlotDescription};
 pub use hash::Hash;
 pub use luks::{LuksHeader, MAX_LUKS_ROUNDS, VolumeKey};
 pub use spec::{Algorithm, CipherSpec, Iv, Mode};
