@@ -54,7 +54,7 @@ fn same_value(at: &str, expected: &Value, found: &Value) {
 }
 
 /// Both programs are given the same arguments after `info`.
-fn says_what_qemu_says(words: &[OsString]) {
+pub(crate) fn says_what_qemu_says(words: &[OsString]) {
     let words = [&args!["info", "--output=json"][..], words].concat();
     let expected = parse(&run("qemu-img", &words));
     let found = without_ours(parse(&qchainfs(&words).ok()));
@@ -62,7 +62,7 @@ fn says_what_qemu_says(words: &[OsString]) {
 }
 
 /// The allocation that `info` tells does not change any more.
-fn settle(image: &Path) {
+pub(crate) fn settle(image: &Path) {
     File::open(image).expect("open").sync_all().expect("sync");
 }
 

@@ -17,7 +17,7 @@ fn parse(text: &str) -> Value {
 }
 
 /// The machine's form.
-fn json_is_that_of_qemu(image: &Path) {
+pub(crate) fn json_is_that_of_qemu(image: &Path) {
     File::open(image).expect("open").sync_all().expect("sync");
     let words = args!["map", "--output=json", image];
     let expected = parse(&run("qemu-img", &words));

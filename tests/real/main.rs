@@ -17,6 +17,7 @@ mod helper;
 mod killed;
 mod locks;
 mod loops;
+mod matrix;
 mod model;
 mod partitions;
 mod policy;

@@ -12,6 +12,11 @@ impl Random {
         Self(seed)
     }
 
+    /// A sequence that is not replayed by its number, since the same test always takes the same.
+    pub fn fixed(number: u64) -> Self {
+        Self(number)
+    }
+
     /// Any number.
     pub fn any(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
