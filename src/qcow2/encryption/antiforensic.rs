@@ -20,7 +20,7 @@ pub(super) fn merge(hash: Hash, stripes: &[u8], len: usize) -> Zeroizing<Vec<u8>
 
 /// Lets every bit of a digest's length of `block` depend on all others in it.
 fn diffuse(hash: Hash, block: &mut [u8]) {
-    for (index, part) in (0_u32..).zip(block.chunks_mut(hash.len())) {
+    for (index, part) in (0_u32..).zip(block.chunks_mut(hash.digest_len())) {
         let digest = hash.digest(&[&index.to_be_bytes(), part]);
         part.copy_from_slice(&digest[..part.len()]);
     }

@@ -64,8 +64,7 @@ impl Hash {
     }
 
     /// Length of a digest in bytes.
-    #[allow(clippy::len_without_is_empty, reason = "no digest is empty")]
-    pub fn len(self) -> usize {
+    pub fn digest_len(self) -> usize {
         with!(self, Algorithm => <Algorithm as Digest>::output_size())
     }
 
@@ -78,8 +77,8 @@ impl Hash {
         })
     }
 
-    /// `len` bytes derived from `password` with PBKDF2-HMAC (RFC 8018); takes `rounds` hashes for each [`Hash::len`] of
-    /// them.
+    /// `len` bytes derived from `password` with PBKDF2-HMAC (RFC 8018); takes `rounds` hashes for each
+    /// [`Hash::digest_len`] of them.
     pub fn derive(
         self,
         password: &[u8],
@@ -120,7 +119,7 @@ mod tests {
         ] {
             let hash = Hash::parse(name).unwrap();
             assert_eq!(*hash.digest(&[b"a", b"", b"bc"]), hex(digest), "{name}");
-            assert_eq!(hash.len() * 2, digest.len(), "{name}");
+            assert_eq!(hash.digest_len() * 2, digest.len(), "{name}");
         }
         assert!(Hash::parse("whirlpool").is_err());
     }

@@ -86,11 +86,11 @@ impl CipherSpec {
         }
         let iv = Iv::parse(iv_name, hash)?;
         if let Iv::Essiv(hash) = iv
-            && !algorithm.takes(hash.len())
+            && !algorithm.takes(hash.digest_len())
         {
             return Err(Error::invalid(
                 "LUKS cipher mode",
-                format!("a digest of {} bytes is no key for {cipher}", hash.len()),
+                format!("a digest of {} bytes is no key for {cipher}", hash.digest_len()),
             ));
         }
         Ok(Self { algorithm, mode, iv, key_len })
