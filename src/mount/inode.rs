@@ -17,9 +17,9 @@ impl Inode {
         let mut hash = 0xcbf2_9ce4_8422_2325_u64;
         let mut add = |byte: u8| hash = (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
         for part in parts {
+            // With the lengths ["ab", "c"] differs from ["a", "bc"], whatever bytes there are.
+            (part.len() as u64).to_be_bytes().into_iter().for_each(&mut add);
             part.iter().copied().for_each(&mut add);
-            // No byte sequence in names holds 0xff 0x00, so that ["ab", "c"] differs from ["a", "bc"].
-            [0xff, 0x00].into_iter().for_each(&mut add);
         }
         Self(hash.max(2))
     }
@@ -43,10 +43,11 @@ mod tests {
     #[test]
     fn the_border_between_parts_counts() {
         assert_ne!(Inode::of(&[b"ab", b"c"]), Inode::of(&[b"a", b"bc"]));
+        assert_ne!(Inode::of(&[b"a\xff\0b"]), Inode::of(&[b"a", b"b"]));
     }
 
     #[test]
     fn numbers_do_not_change_from_release_to_release() {
-        assert_eq!(Inode::of(&[b"disk.raw"]), Inode(0x6e19_7820_788e_579f));
+        assert_eq!(Inode::of(&[b"disk.raw"]), Inode(0x92b3_869c_df98_2a60));
     }
 }

@@ -2,11 +2,12 @@
 
 use std::fs::{self, File};
 use std::io::Write as _;
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use crate::support::images::{Images, snapshot};
+use crate::support::images::{Images, Untouched, io, snapshot};
+use crate::support::loopdev::FileSystem;
 use crate::support::mounted::Mounted;
 use crate::support::oracle::{holds, read_at, same};
 use crate::support::random::Random;
@@ -146,4 +147,28 @@ fn a_broken_partition_table_does_not_keep_a_disk_from_being_mounted() {
     let mounted = Mounted::new(&image);
     holds(&mounted.disk(), &disk);
     mounted.umount();
+}
+
+#[test]
+fn partitions_of_members_that_look_alike_on_two_file_systems_are_two_files() {
+    let images = Images::new();
+    let (image, disk) = partitioned(&images, GPT);
+    let (above, below) = (FileSystem::in_memory(), FileSystem::in_memory());
+    let (top, base) = (above.path("disk.qcow2"), below.path("disk.qcow2"));
+    fs::copy(&image, &base).expect("copy an image");
+    run("qemu-img", &args!["create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", top]);
+    let inode = |file: &Path| fs::metadata(file).expect("stat").ino();
+    assert_eq!(inode(&top), inode(&base), "the members do not look alike");
+    io(&top, &["write -P 7 1M 4M"]);
+    let untouched = Untouched::now(&[&base]);
+    let mounted = Mounted::with(&args!["-o", "backing_policy=any"], &top);
+    let (ours, theirs) = (mounted.path("p1"), mounted.path("chain/1/p1"));
+    assert_ne!(inode(&ours), inode(&theirs));
+    for _ in 0..2 {
+        holds(&ours, &vec![7; index(4 * M)]);
+        holds(&theirs, part(&disk, 2048, 8192));
+    }
+    assert!(File::options().write(true).open(&theirs).is_err(), "a base can be written");
+    mounted.umount();
+    untouched.verify();
 }

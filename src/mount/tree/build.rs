@@ -42,7 +42,7 @@ impl Tree {
             options,
             views: builder.views,
             nodes: builder.nodes,
-            partitions: RwLock::new(HashMap::new()),
+            partitions: RwLock::default(),
             handles: Handles::default(),
             writes: AtomicU64::new(0),
         })
@@ -201,34 +201,27 @@ impl Builder {
         self.nodes.insert(inode, Node { inode, parent, view, what });
     }
 
+    /// What makes a member the same from mount to mount: its file, whatever its place in the chain.
+    ///
+    /// Not the device number: that can change with every boot. So two members can have one identity.
     fn member_identity(&self, index: usize) -> Vec<u8> {
-        member_identity(&self.chain, index)
+        let member = &self.chain.members()[index];
+        let mut identity = member.store().id().inode.to_be_bytes().to_vec();
+        identity.extend(member.path().file_name().unwrap_or_default().as_bytes());
+        identity
     }
 
+    /// What makes a view the same from mount to mount.
     fn view_identity(&self, view: usize) -> Vec<u8> {
-        view_identity(&self.views[view].view)
+        let view = &self.views[view].view;
+        let mut identity = self.member_identity(view.member());
+        if let Some(snapshot) = view.snapshot() {
+            let entry = snapshot.entry();
+            identity.push(0);
+            identity.extend(entry.id.as_bytes());
+            identity.push(0);
+            identity.extend(entry.name.as_bytes());
+        }
+        identity
     }
-}
-
-/// What makes a member the same from mount to mount: its file, whatever its place in the chain.
-///
-/// Not the device number: that can change with every boot.
-fn member_identity(chain: &Chain, index: usize) -> Vec<u8> {
-    let member = &chain.members()[index];
-    let mut identity = member.store().id().inode.to_be_bytes().to_vec();
-    identity.extend(member.path().file_name().unwrap_or_default().as_bytes());
-    identity
-}
-
-/// What makes a view the same from mount to mount.
-pub(super) fn view_identity(view: &View) -> Vec<u8> {
-    let mut identity = member_identity(view.chain(), view.member());
-    if let Some(snapshot) = view.snapshot() {
-        let entry = snapshot.entry();
-        identity.push(0);
-        identity.extend(entry.id.as_bytes());
-        identity.push(0);
-        identity.extend(entry.name.as_bytes());
-    }
-    identity
 }

@@ -4,7 +4,6 @@ use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::sync::PoisonError;
 
-use super::build::view_identity;
 use super::{Attributes, Directory, Kind, Node, Partitions, Tree, What, Window};
 use crate::error::{Error, Problem, Result};
 use crate::mount::inode::Inode;
@@ -81,7 +80,7 @@ impl Tree {
             return Ok(node.clone());
         }
         let partitions = self.partitions.read().unwrap_or_else(PoisonError::into_inner);
-        partitions.get(&inode).cloned().ok_or_else(|| Error::new(Problem::NotFound))
+        partitions.nodes.get(&inode).cloned().ok_or_else(|| Error::new(Problem::NotFound))
     }
 
     fn child(&self, parent: Inode, name: &OsStr) -> Option<Node> {
@@ -110,18 +109,24 @@ impl Tree {
     /// The inode of a partition as it is now.
     fn partition_node(&self, parent: &Node, directory: &Directory, partition: Partition) -> Node {
         let name = format!("p{}", partition.number);
-        let identity = view_identity(&self.views[parent.view].view);
-        let (label, what): (&[u8], _) = match directory.partitions {
-            Partitions::Links => (b"partition link", What::Link(Path::new("../..").join(&name))),
-            _ => (b"partition", What::Disk(Window::Part(partition.range))),
+        let what = match directory.partitions {
+            Partitions::Links => What::Link(Path::new("../..").join(&name)),
+            _ => What::Disk(Window::Part(partition.range)),
         };
-        let mut inode = Inode::of(&[&identity, label, name.as_bytes()]);
-        while self.nodes.contains_key(&inode) {
-            inode = inode.next();
-        }
-        let node = Node { inode, parent: parent.inode, view: parent.view, what };
         let mut partitions = self.partitions.write().unwrap_or_else(PoisonError::into_inner);
-        partitions.insert(inode, node.clone());
+        let key = (parent.inode, partition.number);
+        let inode = partitions.inodes.get(&key).copied().unwrap_or_else(|| {
+            // The disk beside it has a number that is its own, and the same at every mount.
+            let disk = directory.children.get("disk.raw").copied().unwrap_or(parent.inode);
+            let mut inode = Inode::of(&[&disk.0.to_be_bytes(), name.as_bytes()]);
+            while self.nodes.contains_key(&inode) || partitions.nodes.contains_key(&inode) {
+                inode = inode.next();
+            }
+            inode
+        });
+        let node = Node { inode, parent: parent.inode, view: parent.view, what };
+        partitions.inodes.insert(key, inode);
+        partitions.nodes.insert(inode, node.clone());
         node
     }
 }

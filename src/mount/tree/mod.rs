@@ -28,7 +28,7 @@ pub struct Tree {
     views: Vec<ViewFiles>,
     nodes: HashMap<Inode, Node>,
     /// Partitions: they come and go with what is written to the disk.
-    partitions: RwLock<HashMap<Inode, Node>>,
+    partitions: RwLock<PartitionNodes>,
     handles: Handles,
     /// Counts writes to the active layer.
     writes: AtomicU64,
@@ -111,6 +111,14 @@ struct Directory {
     /// Found by name but not listed.
     hidden: BTreeMap<String, Inode>,
     partitions: Partitions,
+}
+
+/// The inodes of partitions and of links to them.
+#[derive(Default)]
+struct PartitionNodes {
+    nodes: HashMap<Inode, Node>,
+    /// By the directory and the partition's number: what has an inode keeps it.
+    inodes: HashMap<(Inode, u32), Inode>,
 }
 
 /// How a directory shows the partitions of its view.

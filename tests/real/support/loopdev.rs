@@ -1,5 +1,6 @@
 //! Loop devices and the file systems on them, as guards.
 
+use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -87,16 +88,27 @@ impl FileSystem {
     /// Mounts `source` with the options of `mount -o`.
     #[track_caller]
     pub fn mount(source: &Path, options: &str) -> Self {
+        Self::mount_by(&args!["-o", options, source])
+    }
+
+    /// A new one in memory: in each of them the first file has the same inode number.
+    #[track_caller]
+    pub fn in_memory() -> Self {
+        Self::mount_by(&args!["-t", "tmpfs", "tmpfs"])
+    }
+
+    fn mount_by(words: &[OsString]) -> Self {
         need_mounting();
         let dir = TempDir::with_prefix("qchainfs-inner-").expect("make a mountpoint");
         let root = dir.path().to_path_buf();
-        let watchdog = Watchdog::start(format!("{} as a file system", source.display()), LIMIT, {
+        let words = [words, &args![root]].concat();
+        let watchdog = Watchdog::start(format!("{} as a file system", root.display()), LIMIT, {
             let root = root.clone();
             move || {
                 let _ = umount2(&root, MntFlags::MNT_DETACH);
             }
         });
-        run("mount", &args!["-o", options, source, root]);
+        run("mount", &words);
         Self { dir, _watchdog: watchdog }
     }
 
