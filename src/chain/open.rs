@@ -1,6 +1,5 @@
 //! Opening a chain: from the top image down, each member under the policy.
 
-use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -201,11 +200,10 @@ fn find_backing(
             return Err(Error::new(Problem::BackingFormatMissing { name: shown() }));
         }
     };
-    let file = policy.admit(&path)?;
-    match file.symlink_metadata() {
-        Err(error) if error.kind() == ErrorKind::NotFound => {
+    match policy.admit(&path) {
+        Err(error) if matches!(error.problem(), Problem::NotFound) => {
             Err(Error::new(Problem::BackingMissing { name: shown(), looked: path }))
         }
-        _ => Ok(Some((path, file, format))),
+        file => Ok(Some((path, file?, format))),
     }
 }

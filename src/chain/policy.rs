@@ -1,6 +1,7 @@
 //! Which files an image may make us open. Every open that no user asked for passes [`OpenPolicy::admit`].
 
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Problem, Result};
@@ -42,13 +43,19 @@ impl OpenPolicy {
         Self { policy, directories }
     }
 
-    /// The file behind `path`, all symbolic links resolved, if it may be opened. It exists.
+    /// The file behind `path`, all symbolic links resolved, if it may be opened.
     ///
     /// # Errors
+    /// [`Problem::NotFound`], and whatever else keeps the name from leading to a file: only what exists is judged.
     /// [`Problem::Refused`], with the option that would allow it.
     pub fn admit(&self, path: &Path) -> Result<PathBuf> {
-        // What is not there is the caller's to report: it knows who names it.
-        let target = fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
+        let target = fs::canonicalize(path).map_err(|error| {
+            let problem = match error.kind() {
+                ErrorKind::NotFound => Problem::NotFound,
+                _ => Problem::Io { action: "follow its name", source: error },
+            };
+            Error::new(problem).at(path)
+        })?;
         let refusal = match self.policy {
             BackingPolicy::Any => return Ok(target),
             BackingPolicy::Deny => "the policy is to open no file that an image names",
@@ -91,5 +98,20 @@ mod tests {
         let policy = OpenPolicy::new(BackingPolicy::Allow(vec![elsewhere]), &top);
         assert!(policy.admit(&home.join("link")).is_ok());
         assert!(OpenPolicy::new(BackingPolicy::Deny, &top).admit(&home.join("sub/base")).is_err());
+    }
+
+    #[test]
+    fn what_is_not_there_is_not_judged() {
+        let home = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink("loop", home.path().join("loop")).unwrap();
+        std::os::unix::fs::symlink("/nowhere/at all", home.path().join("dangling")).unwrap();
+        for policy in [BackingPolicy::SameDirectory, BackingPolicy::Deny] {
+            let policy = OpenPolicy::new(policy, &home.path().join("top.qcow2"));
+            let admit = |name: &str| policy.admit(&home.path().join(name)).unwrap_err();
+            for name in ["missing", "../missing", "dangling", "/nowhere/at all"] {
+                assert!(matches!(admit(name).problem(), Problem::NotFound), "{name}");
+            }
+            assert_eq!(admit("loop").errno(), libc::ELOOP);
+        }
     }
 }

@@ -2,12 +2,14 @@
 
 use std::ffi::OsString;
 use std::fs;
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 
 use crate::support::images::{Images, Untouched, io, poke};
 use crate::support::mounted::Mounted;
 use crate::support::oracle::{bytes_of, holds};
-use crate::support::tools::{args, qchainfs, run};
+use crate::support::tools::{QCHAINFS, args, qchainfs, run};
 use crate::support::{M, index};
 
 const INCOMPATIBLE_BITS: u64 = 72;
@@ -160,6 +162,21 @@ fn a_missing_backing_file_is_named() {
     let top = images.overlay("top.qcow2", "base.qcow2", "");
     fs::remove_file(base).expect("remove the base");
     refuses(&top, 10, &["top.qcow2", "base.qcow2"]);
+    // Also where the image is named from its own directory.
+    let mut command = std::process::Command::new(QCHAINFS);
+    command.current_dir(images.path("")).args(["map", "top.qcow2"]);
+    let ended = command.stdout(Stdio::null()).stderr(Stdio::null()).status().expect("run");
+    assert_eq!(ended.code(), Some(10));
+}
+
+#[test]
+fn a_backing_name_that_leads_in_circles_is_no_matter_of_policy() {
+    let images = Images::new();
+    let base = images.create("base.qcow2", M, "");
+    let top = images.overlay("top.qcow2", "base.qcow2", "");
+    fs::remove_file(&base).expect("remove the base");
+    symlink("base.qcow2", &base).expect("link");
+    refuses(&top, 1, &["base.qcow2", "symbolic links"]);
 }
 
 #[test]
