@@ -16,7 +16,7 @@ pub fn view_info(files: &ViewFiles, image: &Path) -> Result<Vec<u8>> {
     let mut info = json!({
         "address": format!("{}{}", image.display(), files.address),
         "size": view.size(),
-        "allocated": files.allocated(view.range())?,
+        "allocated": files.allocated(view.range()),
         "file": member.path().display().to_string(),
         "format": member.format().to_string(),
         "created": created.map(|time| time.to_string()),

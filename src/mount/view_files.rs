@@ -2,12 +2,11 @@
 
 use std::collections::HashMap;
 use std::io::{self, Read, Seek, SeekFrom};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::partitions::{self, Partition};
 use crate::chain::View;
-use crate::error::Result;
 use crate::units::{GuestOffset, GuestRange};
 
 /// A view with what has been found out about it.
@@ -17,7 +16,7 @@ pub struct ViewFiles {
     /// Its address below the mountpoint's image: "", "[1]", "[1]@one".
     pub address: String,
     partitions: Mutex<Option<Found<Vec<Partition>>>>,
-    allocated: Mutex<HashMap<(u64, u64), Found<u64>>>,
+    allocated: Mutex<HashMap<(u64, u64), Found<Option<u64>>>>,
 }
 
 /// Something found out by looking through a view.
@@ -38,33 +37,48 @@ impl ViewFiles {
     ///
     /// `writes` grows with every write to the view.
     pub fn partitions(&self, writes: u64) -> Vec<Partition> {
-        let mut slot = self.partitions.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(found) = slot.as_ref().filter(|found| found.changes == writes) {
+        if let Some(found) = &*lock(&self.partitions)
+            && found.changes == writes
+        {
             return found.value.clone();
         }
         let disk = Reader { view: &self.view, at: 0 };
-        let found = slot.insert(Found::find(writes, || partitions::find(disk, self.view.size())));
-        found.value.clone()
+        let found = Found::find(writes, || partitions::find(disk, self.view.size()));
+        let value = found.value.clone();
+        let mut known = lock(&self.partitions);
+        if found.is_newer_than(known.as_ref()) {
+            *known = Some(found);
+        }
+        value
     }
 
-    /// Bytes of `range` that are allocated and not known to be zero.
+    /// Bytes of `range` that are allocated and not known to be zero; `None` where a broken table hides it.
     ///
     /// On a view that is being written the answer may be a moment old where finding it out takes long.
-    ///
-    /// # Errors
-    /// As [`View::allocated`].
-    pub fn allocated(&self, range: GuestRange) -> Result<u64> {
+    pub fn allocated(&self, range: GuestRange) -> Option<u64> {
         let key = (range.start.get(), range.len);
         let changes = self.view.generation();
-        let mut known = self.allocated.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(found) = known.get(&key).filter(|found| found.is_good_enough(changes)) {
-            return Ok(found.value);
+        if let Some(found) = lock(&self.allocated).get(&key)
+            && found.is_good_enough(changes)
+        {
+            return found.value;
         }
-        let Found { value, at, took, .. } = Found::find(changes, || self.view.allocated(range));
-        let value = value?;
-        known.insert(key, Found { value, changes, at, took });
-        Ok(value)
+        let found = Found::find(changes, || {
+            let counted = self.view.allocated(range);
+            counted.inspect_err(|error| log::error!("count what is allocated: {error}")).ok()
+        });
+        let value = found.value;
+        let mut known = lock(&self.allocated);
+        if found.is_newer_than(known.get(&key)) {
+            known.insert(key, found);
+        }
+        value
     }
+}
+
+/// Held for a look, never over the reads that find something out: two may well find out the same at once.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl<T> Found<T> {
@@ -73,6 +87,10 @@ impl<T> Found<T> {
         let value = find();
         let at = Instant::now();
         Self { value, changes, at, took: at - started }
+    }
+
+    fn is_newer_than(&self, known: Option<&Self>) -> bool {
+        known.is_none_or(|known| known.changes <= self.changes)
     }
 
     /// Looking again costs at most a tenth of the time, however often somebody asks.

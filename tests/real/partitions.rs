@@ -172,3 +172,16 @@ fn partitions_of_members_that_look_alike_on_two_file_systems_are_two_files() {
     mounted.umount();
     untouched.verify();
 }
+
+#[test]
+fn partitions_are_looked_at_anew_when_the_disk_has_grown() {
+    let images = Images::new();
+    let (image, _) = partitioned(&images, "label: dos\nstart=16384,size=16384\n");
+    run("qemu-img", &args!["resize", "-q", "--shrink", image, "12M"]);
+    let mounted = Mounted::with(&args!["-o", "growable"], &image);
+    let length = || fs::metadata(mounted.path("p1")).expect("stat").len();
+    assert_eq!(length(), 4 * M);
+    File::options().write(true).open(mounted.disk()).expect("open").set_len(16 * M).expect("grow");
+    assert_eq!(length(), 8 * M);
+    mounted.umount();
+}

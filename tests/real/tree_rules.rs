@@ -3,15 +3,15 @@
 
 use std::fs::{self, File, Metadata};
 use std::io;
-use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::Path;
 
 use nix::sys::statvfs::statvfs;
 
 use crate::support::M;
-use crate::support::images::{Images, Untouched, check, io, paint, snapshot};
+use crate::support::images::{Images, Untouched, check, io, paint, poke, snapshot};
 use crate::support::mounted::Mounted;
-use crate::support::oracle::{bytes_of, holds, info, virtual_size};
+use crate::support::oracle::{bytes_of, holds, info, read_at, same, virtual_size};
 use crate::support::random::Random;
 use crate::support::tools::{args, attempt};
 use crate::support::writer::Writer;
@@ -208,4 +208,28 @@ fn allocated_blocks_are_told_honestly() {
         assert!(expected.contains(&allocated), "view \"{view}\": {allocated} bytes");
     }
     mounted.umount();
+}
+
+#[test]
+fn a_broken_table_hides_its_own_part_of_the_disk_and_no_more() {
+    let images = Images::new();
+    let image = images.create("disk.qcow2", 1024 * M, "");
+    io(&image, &["write -P 5 0 1M", "write -P 6 600M 1M"]);
+    let header = fs::read(&image).expect("read");
+    let l1 = u64::from_be_bytes(header[40..48].try_into().expect("eight bytes"));
+    // No cluster begins there.
+    poke(&image, l1 + 8, &((1 << 63) | 0x5_0200_u64).to_be_bytes());
+    let untouched = Untouched::now(&[&image]);
+    let mounted = Mounted::read_only(&image);
+    let data = stat(&mounted.disk());
+    assert_eq!((data.len(), data.blocks() * 512), (1024 * M, 1024 * M));
+    let disk = File::open(mounted.disk()).expect("open");
+    same("what the table leaves alone", &[5; 4096], &read_at(&disk, 0, 4096));
+    fails_with(disk.read_at(&mut [0; 4096], 600 * M), libc::EIO);
+    drop(disk);
+    let about = fs::read(mounted.path("info.json")).expect("read");
+    let about: serde_json::Value = serde_json::from_slice(&about).expect("JSON");
+    assert!(about["allocated"].is_null(), "{about}");
+    mounted.umount();
+    untouched.verify();
 }

@@ -212,7 +212,10 @@ impl Tree {
         if self.options.growth == Growth::Fixed || !whole || size < old.size {
             return Err(Error::new(Problem::SizeIsFixed));
         }
-        self.views[node.view].view.grow(size)?;
+        let grown = self.views[node.view].view.grow(size);
+        // A partition table can mean something else on a larger disk.
+        self.writes.fetch_add(1, Ordering::AcqRel);
+        grown?;
         self.attributes_of(&node)
     }
 }
