@@ -285,7 +285,7 @@ impl Header {
 
     /// The name of the external data file, as the image has it.
     pub fn data_file_name(&self) -> Option<&[u8]> {
-        self.extensions.iter().find_map(|extension| match extension {
+        self.last_extension(|extension| match extension {
             Extension::DataFileName(name) => Some(&name[..]),
             _ => None,
         })
@@ -299,7 +299,7 @@ impl Header {
         if !self.autoclear.contains(AutoclearFeatures::BITMAPS) {
             return Ok(None);
         }
-        let data = self.extensions.iter().find_map(|extension| match extension {
+        let data = self.last_extension(|extension| match extension {
             Extension::Bitmaps(data) => Some(data),
             _ => None,
         });
@@ -317,10 +317,15 @@ impl Header {
 
     /// The backing file's format, as the image names it.
     pub fn backing_format(&self) -> Option<&str> {
-        self.extensions.iter().find_map(|extension| match extension {
+        self.last_extension(|extension| match extension {
             Extension::BackingFormat(name) => Some(&name[..]),
             _ => None,
         })
+    }
+
+    /// Of two extensions of one type QEMU takes the last.
+    fn last_extension<'a, T>(&'a self, find: impl FnMut(&'a Extension) -> Option<T>) -> Option<T> {
+        self.extensions.iter().rev().find_map(find)
     }
 
     /// The header, extensions and backing name as the first cluster of a new image holds them.
@@ -498,6 +503,19 @@ mod tests {
             let header = sample(version);
             assert_eq!(Header::parse(&header.to_cluster().unwrap()).unwrap(), header);
         }
+    }
+
+    #[test]
+    fn of_two_extensions_of_one_type_the_last_counts() {
+        let mut header = sample(Version::V3);
+        header.extensions = vec![
+            Extension::BackingFormat("qcow2".into()),
+            Extension::DataFileName(b"first".to_vec()),
+            Extension::BackingFormat("raw".into()),
+            Extension::DataFileName(b"last".to_vec()),
+        ];
+        assert_eq!(header.backing_format(), Some("raw"));
+        assert_eq!(header.data_file_name(), Some(&b"last"[..]));
     }
 
     #[test]
