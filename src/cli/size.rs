@@ -44,16 +44,20 @@ pub fn human(bytes: u64) -> String {
         let Some(next) = suffixes.next() else { break };
         (value, suffix) = (value / 1024.0, next);
     }
-    let decimals = match value {
-        value if value < 9.995 => 2,
-        value if value < 99.95 => 1,
-        _ => 0,
-    };
-    let mut digits = format!("{value:.decimals$}");
-    if digits.contains('.') {
-        digits = digits.trim_end_matches('0').trim_end_matches('.').to_owned();
+    format!("{} {suffix}B", three_digits(value))
+}
+
+/// `value`, which is 0 or between 0.1 and 1024, as C's `%.3g` shows it.
+fn three_digits(value: f64) -> String {
+    // The exponent counts after rounding.
+    let rounded = format!("{value:.2e}");
+    let (digits, exponent) = rounded.split_once('e').unwrap_or((&rounded, "0"));
+    let shorten = |digits: &str| digits.trim_end_matches('0').trim_end_matches('.').to_owned();
+    match exponent.parse::<i32>() {
+        Ok(exponent @ -1..=1) => shorten(&format!("{value:.*}", (2 - exponent) as usize)),
+        Ok(3..) => format!("{}e+{exponent:0>2}", shorten(digits)),
+        _ => format!("{value:.0}"),
     }
-    format!("{digits} {suffix}B")
 }
 
 /// As C prints it: no prefix before a lone zero.
@@ -81,14 +85,26 @@ mod tests {
         for (bytes, shown) in [
             (0, "0 B"),
             (999, "999 B"),
-            (1000, "0.98 KiB"),
+            (1000, "0.977 KiB"),
             (397_312, "388 KiB"),
             (104_857_600, "100 MiB"),
             (3 << 29, "1.5 GiB"),
             (328_192, "320 KiB"),
             (1_063_256_064, "0.99 GiB"),
+            (1_000_448, "977 KiB"),
+            (1_022_976, "999 KiB"),
+            (1_023_488, "1e+03 KiB"),
+            (1_024_000, "0.977 MiB"),
+            (1_048_064, "1 MiB"),
+            (1_048_570_368, "1e+03 MiB"),
+            // Halves go to the even neighbour.
+            (1_179_648, "1.12 MiB"),
+            (10_747_904, "10.2 MiB"),
+            (105_381_888, "100 MiB"),
+            (106_430_464, "102 MiB"),
+            (u64::MAX, "16 EiB"),
         ] {
-            assert_eq!(human(bytes), shown);
+            assert_eq!(human(bytes), shown, "{bytes}");
         }
     }
 }
