@@ -65,9 +65,14 @@ impl OpenPolicy {
             _ => "it is not in the directory of the top image nor below it",
         };
         let directory = target.parent().unwrap_or(&target).display().to_string();
+        // A comma would end the option.
+        let policy = match directory.contains(',') {
+            true => "any".to_owned(),
+            false => format!("allow:{directory}"),
+        };
         Err(Error::new(Problem::Refused {
             reason: refusal.to_owned(),
-            option: Some(format!("backing_policy=allow:{directory}")),
+            option: Some(format!("backing_policy={policy}")),
             target,
         }))
     }

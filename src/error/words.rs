@@ -145,10 +145,10 @@ impl Error {
             Problem::BackingMissing { .. } => {
                 Some(format!("qemu-img rebase -u -F FORMAT -b NEW-NAME {file}"))
             }
-            Problem::Refused { option: Some(option), .. } => {
-                Some(format!("qchainfs mount -o {option} IMAGE MOUNTPOINT"))
-            }
-            Problem::Exists => Some(format!("rm {file}")),
+            Problem::Refused { option: Some(option), .. } => Some(format!(
+                "qchainfs mount -o {} IMAGE MOUNTPOINT",
+                shell_word(Path::new(option))
+            )),
             Problem::NotMounted => Some("findmnt -t fuse.qchainfs".into()),
             Problem::NoSuchSnapshot { .. } => Some(format!("qchainfs info {file}")),
             Problem::NoSuchMember { .. } => Some(format!("qchainfs info --backing-chain {file}")),
@@ -180,7 +180,7 @@ fn show_processes(processes: &[Process]) -> Option<String> {
 /// `path` as a shell would have to be given it.
 fn shell_word(path: &Path) -> String {
     let text = show(path);
-    let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+:,@%".contains(c);
+    let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+:,@%=".contains(c);
     if !text.is_empty() && text.chars().all(plain) {
         text
     } else {
@@ -196,6 +196,23 @@ mod tests {
     fn a_name_with_a_quote_stays_one_shell_word() {
         assert_eq!(shell_word(Path::new("it's here")), r"'it'\''s here'");
         assert_eq!(shell_word(Path::new("/a/b-c.qcow2")), "/a/b-c.qcow2");
+    }
+
+    #[test]
+    fn an_option_with_a_directory_is_one_shell_word() {
+        let error = Error::new(Problem::Refused {
+            target: "/my disks/base.qcow2".into(),
+            reason: String::new(),
+            option: Some("backing_policy=allow:/my disks".into()),
+        });
+        let advice = "qchainfs mount -o 'backing_policy=allow:/my disks' IMAGE MOUNTPOINT";
+        assert_eq!(error.advice().as_deref(), Some(advice));
+    }
+
+    #[test]
+    fn nobody_is_told_to_delete_anything() {
+        let error = Error::new(Problem::Exists).at(Path::new("disk.qcow2"));
+        assert_eq!(error.advice(), None);
     }
 
     #[test]
