@@ -7,9 +7,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use super::{exit, logging, size};
-use crate::chain::{
-    BackingPolicy, Chain, Format, OpenOptions, RawDisk, Sharing, resolve_backing_name,
-};
+use crate::chain::{Chain, Depth, Format, OpenOptions, RawDisk, Sharing, resolve_backing_name};
 use crate::error::{At, Error, Problem, Result};
 use crate::image::{CreateOptions, NewImage};
 use crate::qcow2::{Geometry, Version};
@@ -109,9 +107,9 @@ fn backing_size(image: &Path, name: &[u8], format: Format) -> Result<u64> {
             Ok(RawDisk::open(&*store).at(&path)?.size())
         }
         Format::Qcow2 => {
-            // The user named this file; what it names in turn is looked at when the new image is opened.
+            // What it names in turn is looked at when the new image is opened, under the policy of that moment.
             let options = OpenOptions {
-                policy: BackingPolicy::Any,
+                depth: Depth::TopOnly,
                 sharing: Sharing::Forced,
                 ..OpenOptions::default()
             };

@@ -111,7 +111,8 @@ fn an_existing_file_is_not_overwritten() {
     let other = images.raw("notes.txt", b"not an image");
     let untouched = Untouched::now(&[&image, &other]);
     for file in [&image, &other] {
-        qchainfs(&args!["create", file, "4M"]).fails(1);
+        let said = qchainfs(&args!["create", file, "4M"]).fails(1);
+        assert!(!said.contains("rm "), "deleting a file is no advice: {said}");
     }
     untouched.verify();
 }
@@ -160,4 +161,15 @@ fn impossible_options_are_usage_errors_and_nothing_is_made() {
         assert_eq!(outcome.code, Some(2), "{outcome}");
         assert!(!ours.exists(), "{size:?}");
     }
+}
+
+#[test]
+fn nothing_that_the_base_names_is_opened() {
+    let images = Images::new();
+    images.create("lowest.qcow2", M, "");
+    let base = images.overlay("base.qcow2", "lowest.qcow2", "");
+    fs::remove_file(images.path("lowest.qcow2")).expect("remove");
+    let ours = images.path("ours.qcow2");
+    qchainfs(&args!["create", "-b", base, "-F", "qcow2", ours]).ok();
+    assert_eq!(properties(&ours)["virtual-size"], M);
 }
