@@ -74,7 +74,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
                 true => Value::Array(objects),
                 false => objects.remove(0),
             };
-            print(&format!("{whole:#}\n"));
+            print(&format!("{whole:#}\n"))?;
         }
         Output::Human => {
             let mut texts = members.iter().map(describe_in_words).collect::<Result<Vec<_>>>()?;
@@ -85,7 +85,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
                 texts[0] +=
                     &format!("Snapshot {name}:\n    virtual size: {shown} ({size} bytes)\n");
             }
-            print(&texts.join("\n"));
+            print(&texts.join("\n"))?;
         }
     }
     Ok(ExitCode::from(exit::DONE))

@@ -111,7 +111,7 @@ impl Line {
 }
 
 /// Calls `f` with each line, neighbours that say the same made one.
-fn for_each_line(view: &View, mut f: impl FnMut(&Line)) -> Result<()> {
+fn for_each_line(view: &View, mut f: impl FnMut(&Line) -> Result<()>) -> Result<()> {
     let mut last: Option<Line> = None;
     let mut preallocated = HashMap::new();
     for extent in view.extents(view.range()) {
@@ -126,16 +126,13 @@ fn for_each_line(view: &View, mut f: impl FnMut(&Line)) -> Result<()> {
                 Some(last) if last.continues_with(&line) => last.len += line.len,
                 _ => {
                     if let Some(finished) = last.replace(line) {
-                        f(&finished);
+                        f(&finished)?;
                     }
                 }
             }
         }
     }
-    if let Some(finished) = last {
-        f(&finished);
-    }
-    Ok(())
+    last.map_or(Ok(()), |finished| f(&finished))
 }
 
 /// The part of `line` up to where the host's file goes over between data and hole, where that matters: in clusters
@@ -169,24 +166,24 @@ fn first_part(view: &View, preallocated: &mut HashMap<usize, bool>, line: &Line)
 fn print_json(view: &View) -> Result<()> {
     let mut before = "[";
     for_each_line(view, |line| {
-        print(&format!("{before}{}", line.json()));
+        print(&format!("{before}{}", line.json()))?;
         before = ",\n";
+        Ok(())
     })?;
-    print(if before == "[" { "[]\n" } else { "]\n" });
-    Ok(())
+    print(if before == "[" { "[]\n" } else { "]\n" })
 }
 
 /// Only what is data, with its place; compressed clusters have none that a reader could use.
 fn print_human(view: &View) -> Result<()> {
-    print(&format!("{:<16}{:<16}{:<16}File\n", "Offset", "Length", "Mapped to"));
+    print(&format!("{:<16}{:<16}{:<16}File\n", "Offset", "Length", "Mapped to"))?;
     for_each_line(view, |line| {
         if !line.data || line.zero {
-            return;
+            return Ok(());
         }
         let member = &view.chain().members()[view.member() + line.depth];
         let offset = line.offset.map_or("compressed".to_owned(), hexadecimal);
         let (start, len) = (hexadecimal(line.start), hexadecimal(line.len));
         let file = printable(&member.data_path().display().to_string());
-        print(&format!("{start:<16}{len:<16}{offset:<16}{file}\n"));
+        print(&format!("{start:<16}{len:<16}{offset:<16}{file}\n"))
     })
 }

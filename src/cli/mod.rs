@@ -17,12 +17,13 @@ mod umount;
 mod views;
 
 use std::ffi::OsString;
+use std::io::{ErrorKind, Write};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand, ValueEnum};
 
 use self::report::report;
-use crate::error::Result;
+use crate::error::{Doing, Result};
 
 /// Mount a qcow2 overlay chain: every chain member and every internal snapshot as a flat raw disk file.
 #[derive(Parser)]
@@ -102,8 +103,10 @@ fn raise_descriptor_limit() {
 }
 
 /// Prints to stdout; a reader who has seen enough is no error.
-fn print(text: &str) {
-    use std::io::Write;
+fn print(text: &str) -> Result<()> {
     let mut stdout = std::io::stdout().lock();
-    let _ = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+        written => written.doing("print the result"),
+    }
 }

@@ -3,13 +3,14 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::path::Path;
+use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
 use crate::support::M;
 use crate::support::images::{Images, io, paint, snapshot};
 use crate::support::random::Random;
-use crate::support::tools::{args, qchainfs, run};
+use crate::support::tools::{QCHAINFS, args, qchainfs, run, start};
 
 /// Removes what QEMU does not say.
 fn without_ours(mut value: Value) -> Value {
@@ -196,5 +197,55 @@ fn info_for_people_names_file_format_and_size() {
         for word in ["top.qcow2", "qcow2", "3 MiB", "base.qcow2", "before the update"] {
             assert!(said.contains(word), "\"{word}\" is not in: {said}");
         }
+    }
+}
+
+#[test]
+fn sizes_are_rounded_as_qemu_rounds_them() {
+    let images = Images::new();
+    let sizes = [
+        1_000_448,
+        1_022_976,
+        1_023_488,
+        1_024_000,
+        1_048_064,
+        1_048_570_368,
+        1_179_648,
+        10_747_904,
+        105_381_888,
+        106_430_464,
+    ];
+    for size in sizes {
+        let image = images.create("disk.qcow2", size, "");
+        let shown =
+            |said: String| said.lines().find(|line| line.contains("virtual")).map(str::to_owned);
+        let theirs = shown(run("qemu-img", &args!["info", image]));
+        assert_eq!(shown(qchainfs(&args!["info", image]).ok()), theirs);
+    }
+}
+
+#[test]
+fn a_result_that_can_not_be_printed_is_an_error_but_not_to_a_reader_who_has_seen_enough() {
+    let images = Images::new();
+    let image = images.create("disk.qcow2", M, "");
+    let full = || File::options().write(true).open("/dev/full").expect("open /dev/full");
+    for verb in [&["info"][..], &["map"], &["map", "--output", "json"]] {
+        let prepared = || {
+            let mut command = Command::new(QCHAINFS);
+            command.args(verb).arg(&image).stderr(Stdio::piped());
+            command
+        };
+        let ended = start(prepared().stdout(full())).wait_with_output().expect("wait");
+        let said = String::from_utf8_lossy(&ended.stderr);
+        assert_eq!(ended.status.code(), Some(1), "{verb:?}: {said}");
+        assert!(said.starts_with("qchainfs: could not print"), "{verb:?}: {said}");
+        let (reader, writer) = std::io::pipe().expect("a pipe");
+        drop(reader);
+        let ended = start(prepared().stdout(writer)).wait_with_output().expect("wait");
+        assert_eq!((ended.status.code(), ended.stderr), (Some(0), Vec::new()), "{verb:?}");
+        let mut missing = Command::new(QCHAINFS);
+        missing.args(verb).arg(images.path("missing.qcow2"));
+        let status = start(missing.stdout(full()).stderr(full())).wait().expect("wait");
+        assert_eq!(status.code(), Some(10), "{verb:?}");
     }
 }

@@ -9,7 +9,7 @@ use std::process::Stdio;
 use crate::support::images::{Images, Untouched, io, poke};
 use crate::support::mounted::Mounted;
 use crate::support::oracle::{bytes_of, holds};
-use crate::support::tools::{QCHAINFS, args, qchainfs, run};
+use crate::support::tools::{QCHAINFS, args, qchainfs, run, start};
 use crate::support::{M, index};
 
 const INCOMPATIBLE_BITS: u64 = 72;
@@ -165,7 +165,7 @@ fn a_missing_backing_file_is_named() {
     // Also where the image is named from its own directory.
     let mut command = std::process::Command::new(QCHAINFS);
     command.current_dir(images.path("")).args(["map", "top.qcow2"]);
-    let ended = command.stdout(Stdio::null()).stderr(Stdio::null()).status().expect("run");
+    let ended = start(command.stdout(Stdio::null()).stderr(Stdio::null())).wait().expect("wait");
     assert_eq!(ended.code(), Some(10));
 }
 
