@@ -127,6 +127,17 @@ impl Address {
 }
 
 impl SnapshotChoice {
+    /// What chooses `wanted` among `snapshots`: its name where that says which it is, else its id.
+    pub fn of(wanted: &SnapshotTree, snapshots: &[Arc<SnapshotTree>]) -> Self {
+        let (id, name) = (&wanted.entry().id, &wanted.entry().name);
+        let alike = snapshots.iter().filter(|tree| tree.entry().name == *name).count();
+        if alike > 1 || name.is_empty() || name.starts_with('#') {
+            Self::Id(id.clone())
+        } else {
+            Self::Name(name.clone())
+        }
+    }
+
     fn find(&self, snapshots: &[Arc<SnapshotTree>]) -> Option<Arc<SnapshotTree>> {
         let by_id = |id: &str| snapshots.iter().find(|tree| tree.entry().id == id);
         let found = match self {

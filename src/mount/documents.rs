@@ -36,7 +36,9 @@ pub fn view_info(files: &ViewFiles, image: &Path) -> Result<Vec<u8>> {
 }
 
 /// The content of `.qchainfs/chain.json`: every member with its snapshots.
-pub fn chain_info(chain: &Chain) -> Vec<u8> {
+///
+/// The top one is number `first` in the chain that it was opened from.
+pub fn chain_info(chain: &Chain, first: usize) -> Vec<u8> {
     let members = chain.members().iter().enumerate().map(|(index, member)| {
         let snapshots = member.image().map(|image| image.snapshots()).unwrap_or_default();
         let snapshots = snapshots.iter().map(|tree| {
@@ -44,7 +46,7 @@ pub fn chain_info(chain: &Chain) -> Vec<u8> {
             json!({ "id": entry.id, "name": entry.name, "size": tree.size() })
         });
         json!({
-            "index": index,
+            "index": first + index,
             "file": member.path().display().to_string(),
             "format": member.format().to_string(),
             "size": member.size(),

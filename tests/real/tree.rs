@@ -11,7 +11,7 @@ use crate::support::images::{Images, io, paint, snapshot};
 use crate::support::mounted::Mounted;
 use crate::support::oracle::{bytes_of_snapshot, holds, info};
 use crate::support::random::Random;
-use crate::support::tools::{args, run};
+use crate::support::tools::{QCHAINFS, args, run};
 
 /// The names in a directory, sorted.
 pub fn names_in(directory: &Path) -> Vec<String> {
@@ -211,5 +211,41 @@ fn three_hundred_snapshots_are_all_there() {
     let names = names_in(&mounted.path("snapshots"));
     assert_eq!(names.len(), 300);
     assert!(names[299].ends_with("299"), "{names:?}");
+    mounted.umount();
+}
+
+#[test]
+fn the_address_in_info_json_leads_back_to_the_same_snapshot() {
+    let images = Images::new();
+    let image = images.create("disk.qcow2", M, "");
+    for (byte, name) in [(1, "same"), (2, "same"), (3, "#1"), (4, ""), (5, "alone")] {
+        io(&image, &[format!("write -P {byte} 0 1M")]);
+        snapshot(&image, name);
+    }
+    let mounted = Mounted::read_only(&image);
+    let names = names_in(&mounted.path("snapshots"));
+    assert_eq!(names.len(), 5, "{names:?}");
+    for name in names {
+        let about = json(&mounted.path("snapshots").join(name).join("info.json"));
+        let address = about["address"].as_str().expect("an address");
+        let found = run(QCHAINFS, &args!["info", "--output", "json", address]);
+        let found: Value = serde_json::from_str(&found).expect("JSON");
+        assert_eq!(found["qchainfs"]["snapshot"]["id"], about["snapshot"]["id"], "{address}");
+        if about["snapshot"]["name"] == "alone" {
+            assert!(address.ends_with("@alone"), "{address}");
+        }
+    }
+    mounted.umount();
+}
+
+#[test]
+fn members_have_their_numbers_in_the_whole_chain_also_where_a_part_is_mounted() {
+    let images = Images::new();
+    images.create("base.qcow2", M, "");
+    images.overlay("middle.qcow2", "base.qcow2", "");
+    let top = images.overlay("top.qcow2", "middle.qcow2", "");
+    let mounted = Mounted::read_only(format!("{}[1]", top.display()));
+    let members = json(&mounted.path(".qchainfs/chain.json"));
+    assert_eq!((&members[0]["index"], &members[1]["index"]), (&1.into(), &2.into()));
     mounted.umount();
 }

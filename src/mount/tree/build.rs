@@ -8,7 +8,7 @@ use std::sync::{Arc, RwLock};
 
 use super::handles::Handles;
 use super::{Directory, Document, Layout, Node, Partitions, Tree, TreeOptions, What, Window};
-use crate::chain::{Chain, View};
+use crate::chain::{Chain, SnapshotChoice, View};
 use crate::error::{Error, Result};
 use crate::mount::inode::Inode;
 use crate::mount::names::{file_name, insert_unique};
@@ -180,7 +180,11 @@ impl Builder {
         };
         let address = match view.snapshot() {
             None => member,
-            Some(snapshot) => format!("{member}@{}", snapshot.entry().name),
+            Some(snapshot) => {
+                let image = self.chain.members()[view.member()].image();
+                let snapshots = image.map(|image| image.snapshots()).unwrap_or_default();
+                format!("{member}@{}", SnapshotChoice::of(snapshot, &snapshots))
+            }
         };
         self.views.push(ViewFiles::new(view, address));
         self.views.len() - 1

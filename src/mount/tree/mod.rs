@@ -250,7 +250,7 @@ impl Tree {
     fn content(&self, document: Document, view: usize) -> Result<Vec<u8>> {
         match document {
             Document::ViewInfo => documents::view_info(&self.views[view], &self.options.image),
-            Document::Chain => Ok(documents::chain_info(&self.chain)),
+            Document::Chain => Ok(documents::chain_info(&self.chain, self.options.first_member)),
             Document::Daemon => Ok(documents::daemon_info(&self.options.image)),
             Document::Version => Ok(documents::version()),
         }
