@@ -2,16 +2,19 @@
 
 use std::collections::BTreeMap;
 
-/// Longest file name in bytes that Linux has, less room for `~ID`.
-const MAX_NAME: usize = 230;
+/// Longest file name in bytes that Linux has.
+const MAX_NAME: usize = 255;
+/// Bytes of an id behind a name at most: it can be as long as its image likes.
+const MAX_SUFFIX: usize = 100;
 
 /// `name` as a file name: percent-encoded where a file name can't hold it.
 pub fn file_name(name: &str) -> String {
     let mut encoded = String::with_capacity(name.len());
     for (at, c) in name.char_indices() {
         // A leading dot would hide the file, or be one of the names that every directory has.
-        if c == '/' || c.is_ascii_control() || (at == 0 && c == '.') {
-            encoded.push_str(&format!("%{:02X}", c as u32));
+        if c == '/' || c.is_control() || (at == 0 && c == '.') {
+            let bytes = c.to_string().into_bytes();
+            encoded.extend(bytes.iter().map(|byte| format!("%{byte:02X}")));
         } else {
             encoded.push(c);
         }
@@ -19,23 +22,24 @@ pub fn file_name(name: &str) -> String {
     if encoded.is_empty() {
         return "%".to_owned();
     }
-    encoded.truncate(encoded.floor_char_boundary(MAX_NAME));
-    encoded
+    cut(&encoded, MAX_NAME).to_owned()
+}
+
+fn cut(text: &str, len: usize) -> &str {
+    &text[..text.floor_char_boundary(len)]
 }
 
 /// Adds `value` under `name`, or under `name~suffix` if that is taken.
 pub fn insert_unique<T>(map: &mut BTreeMap<String, T>, name: String, suffix: &str, value: T) {
-    let mut unique = name.clone();
-    if map.contains_key(&unique) {
-        unique = format!("{name}~{}", file_name(suffix));
-    }
+    let suffix = file_name(suffix);
+    let suffix = cut(&suffix, MAX_SUFFIX);
+    let with = |end: String| format!("{}{end}", cut(&name, MAX_NAME - end.len()));
     // Ids should be unique and sometimes are not; nothing is ever left out.
-    let mut count = 2;
-    while map.contains_key(&unique) {
-        unique = format!("{name}~{}~{count}", file_name(suffix));
-        count += 1;
+    let counted = (2_usize..).map(|count| with(format!("~{suffix}~{count}")));
+    let mut names = [name.clone(), with(format!("~{suffix}"))].into_iter().chain(counted);
+    if let Some(unique) = names.find(|name| !map.contains_key(name)) {
+        map.insert(unique, value);
     }
-    map.insert(unique, value);
 }
 
 #[cfg(test)]
@@ -50,6 +54,7 @@ mod tests {
             (".hidden", "%2Ehidden"),
             ("..", "%2E."),
             ("two\nlines", "two%0Alines"),
+            ("\u{1b}[31m\u{7f}\u{9b}31m", "%1B[31m%7F%C2%9B31m"),
             ("Ünï 100%", "Ünï 100%"),
             ("", "%"),
         ] {
@@ -64,5 +69,17 @@ mod tests {
             insert_unique(&mut map, "one".into(), id, id);
         }
         assert_eq!(map.keys().collect::<Vec<_>>(), ["one", "one~2", "one~2~2"]);
+    }
+
+    #[test]
+    fn no_name_is_longer_than_a_file_name_can_be() {
+        let long = "ä".repeat(300);
+        let mut map = BTreeMap::new();
+        for id in ["1", "1", &long, &long] {
+            insert_unique(&mut map, file_name(&long), id, ());
+        }
+        assert_eq!(map.len(), 4);
+        assert!(map.keys().all(|name| name.len() <= 255), "{map:?}");
+        assert!(map.contains_key(&"ä".repeat(127)));
     }
 }
