@@ -21,5 +21,5 @@ pub use session::{MountOptions, Session, Stop};
 pub use state::{open_process, server};
 pub use tree::{
     Attributes, Caching, DiscardMode, Entry, Growth, Handle, Kind, Layout, Lifetime, OpenFor,
-    Ownership, Statistics, Tree, TreeOptions,
+    Ownership, PastEnd, Statistics, Tree, TreeOptions,
 };

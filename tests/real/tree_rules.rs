@@ -3,10 +3,13 @@
 
 use std::fs::{self, File, Metadata};
 use std::io;
-use std::os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _, symlink};
 use std::path::Path;
 
+use nix::errno::Errno;
+use nix::sys::stat::Mode;
 use nix::sys::statvfs::statvfs;
+use nix::unistd::{Whence, lseek, mkfifo};
 
 use crate::support::M;
 use crate::support::images::{Images, Untouched, check, io, paint, poke, snapshot};
@@ -232,4 +235,50 @@ fn a_broken_table_hides_its_own_part_of_the_disk_and_no_more() {
     assert!(about["allocated"].is_null(), "{about}");
     mounted.umount();
     untouched.verify();
+}
+
+/// What each way to change the names of a mount answers.
+fn changes_of_names(mounted: &Mounted) -> Vec<io::Result<()>> {
+    let (disk, new) = (mounted.disk(), mounted.path("new"));
+    let fifo = mkfifo(&new, Mode::S_IRUSR).map_err(io::Error::from);
+    vec![
+        File::options().write(true).create_new(true).open(&new).map(drop),
+        fs::create_dir(&new),
+        fifo,
+        symlink("disk.raw", &new),
+        fs::hard_link(&disk, &new),
+        fs::rename(&disk, &new),
+        fs::remove_file(&disk),
+        fs::remove_dir(mounted.path("snapshots/one")),
+    ]
+}
+
+#[test]
+fn a_change_of_names_is_not_permitted_or_the_file_system_is_read_only() {
+    let images = Images::new();
+    let image = images.create("disk.qcow2", M, "");
+    snapshot(&image, "one");
+    let untouched = Untouched::now(&[&image]);
+    for (options, errno) in [(args!["-o", "rw"], libc::EPERM), (args!["-o", "ro"], libc::EROFS)] {
+        let mounted = Mounted::with(&options, &image);
+        for result in changes_of_names(&mounted) {
+            fails_with(result, errno);
+        }
+        mounted.umount();
+    }
+    untouched.verify();
+}
+
+#[test]
+fn a_document_is_data_up_to_its_end() {
+    let images = Images::new();
+    let image = images.create("disk.qcow2", M, "");
+    let mounted = Mounted::new(&image);
+    let file = File::open(mounted.path("info.json")).expect("open");
+    let len = file.metadata().expect("stat").len().cast_signed();
+    assert_eq!(lseek(&file, 3, Whence::SeekData), Ok(3));
+    assert_eq!(lseek(&file, 3, Whence::SeekHole), Ok(len));
+    assert_eq!(lseek(&file, len, Whence::SeekData), Err(Errno::ENXIO));
+    drop(file);
+    mounted.umount();
 }

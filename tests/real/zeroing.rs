@@ -1,12 +1,12 @@
 //! Holes and zeros: they read as zeros, whatever lies below, and give space back.
 
-use crate::support::images::{Images, Untouched, allocated, io, paint, snapshot};
+use crate::support::images::{Images, Untouched, allocated, check, io, paint, snapshot};
 use crate::support::mounted::Mounted;
-use crate::support::oracle::{bytes_of_snapshot, holds, same};
+use crate::support::oracle::{bytes_of, bytes_of_snapshot, holds, same};
 use crate::support::random::Random;
 use crate::support::tools::args;
 use crate::support::writer::Writer;
-use crate::support::{K, M};
+use crate::support::{K, M, index};
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -155,4 +155,35 @@ fn a_hole_in_a_read_only_view_is_refused() {
     drop(disk);
     mounted.umount();
     untouched.verify();
+}
+
+#[test]
+fn of_a_range_beyond_the_end_only_the_inside_becomes_zero_and_no_file_grows() {
+    let images = Images::new();
+    let (_, top) = overlay(&images, "compat=1.1");
+    let mut expected = bytes_of(&top);
+    let mounted = Mounted::new(&top);
+    let disk = File::options().read(true).write(true).open(mounted.disk()).expect("open");
+    let end = 4 * M;
+    let keep = FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    let (punch, zero) =
+        (FallocateFlags::FALLOC_FL_PUNCH_HOLE, FallocateFlags::FALLOC_FL_ZERO_RANGE);
+    let call =
+        |mode, from: u64, len: u64| fallocate(&disk, mode, from.cast_signed(), len.cast_signed());
+    assert_eq!(call(zero, end - K, 2 * K), Err(Errno::EPERM));
+    assert_eq!(call(zero, end, K), Err(Errno::EPERM));
+    for (mode, inside) in [(punch | keep, 3000), (zero | keep, 5000)] {
+        assert_eq!(call(mode, end, M), Ok(()));
+        holds(&mounted.disk(), &expected);
+        assert_eq!(call(mode, end - inside, M), Ok(()));
+        expected[index(end - inside)..].fill(0);
+        holds(&mounted.disk(), &expected);
+    }
+    assert_eq!(call(zero, end - 9000, 9000), Ok(()));
+    expected[index(end - 9000)..].fill(0);
+    holds(&mounted.disk(), &expected);
+    assert_eq!(disk.metadata().expect("stat").len(), end);
+    drop(disk);
+    mounted.umount();
+    check(&top);
 }

@@ -33,6 +33,15 @@ pub enum Caching {
     Nothing,
 }
 
+/// What to do about the part of a range that is behind the end of its file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PastEnd {
+    /// Nothing.
+    Ignore,
+    /// The file would have to grow for it: refuse it all.
+    Refuse,
+}
+
 /// The open files of a tree.
 #[derive(Default)]
 pub(super) struct Handles {
@@ -43,6 +52,15 @@ pub(super) struct Handles {
 enum Open {
     Disk { view: View, window: Window },
     Document(Vec<u8>),
+}
+
+impl Open {
+    fn len(&self) -> u64 {
+        match self {
+            Self::Disk { view, window } => window.range(view).len,
+            Self::Document(content) => content.len() as u64,
+        }
+    }
 }
 
 impl Handles {
@@ -60,8 +78,7 @@ impl Handles {
 
     fn disk(&self, handle: Handle) -> Result<(View, GuestRange)> {
         match &*self.get(handle)? {
-            Open::Disk { view, window: Window::Whole } => Ok((view.clone(), view.range())),
-            Open::Disk { view, window: Window::Part(range) } => Ok((view.clone(), *range)),
+            Open::Disk { view, window } => Ok((view.clone(), window.range(view))),
             Open::Document(_) => Err(Error::new(Problem::ReadOnly)),
         }
     }
@@ -111,10 +128,7 @@ impl Tree {
                 Ok(len)
             }
             Open::Disk { view, window } => {
-                let range = match window {
-                    Window::Whole => view.range(),
-                    Window::Part(range) => *range,
-                };
+                let range = window.range(view);
                 let len = range.len.saturating_sub(offset).min(buf.len() as u64) as usize;
                 if len > 0 {
                     view.read(range.start + offset, &mut buf[..len])?;
@@ -149,19 +163,31 @@ impl Tree {
             DiscardMode::Unmap => ZeroMode::Unmap,
             DiscardMode::Ignore => ZeroMode::Keep,
         };
-        self.make_zero(handle, offset, len, mode)
+        let (view, range) = self.handles.disk(handle)?;
+        self.make_zero(&view, range, offset, len, mode)
     }
 
     /// Makes a range read as zero and keeps its space.
     ///
     /// # Errors
-    /// As [`View::zero`].
-    pub fn zero(&self, handle: Handle, offset: u64, len: u64) -> Result<()> {
-        self.make_zero(handle, offset, len, ZeroMode::Keep)
+    /// [`Problem::SizeIsFixed`]; as [`View::zero`].
+    pub fn zero(&self, handle: Handle, offset: u64, len: u64, past_end: PastEnd) -> Result<()> {
+        let (view, range) = self.handles.disk(handle)?;
+        if past_end == PastEnd::Refuse && offset.saturating_add(len) > range.len {
+            return Err(Error::new(Problem::SizeIsFixed));
+        }
+        self.make_zero(&view, range, offset, len, ZeroMode::Keep)
     }
 
-    fn make_zero(&self, handle: Handle, offset: u64, len: u64, mode: ZeroMode) -> Result<()> {
-        let (view, range) = self.handles.disk(handle)?;
+    /// Zeroes what of the `len` bytes at `offset` of the file that shows `range` is inside it.
+    fn make_zero(
+        &self,
+        view: &View,
+        range: GuestRange,
+        offset: u64,
+        len: u64,
+        mode: ZeroMode,
+    ) -> Result<()> {
         let len = range.len.saturating_sub(offset).min(len);
         let zeroed = view.zero(GuestRange::new(range.start + offset.min(range.len), len), mode);
         self.writes.fetch_add(1, Ordering::AcqRel);
@@ -173,10 +199,16 @@ impl Tree {
     /// # Errors
     /// `None` if there is none; failing reads of tables.
     pub fn seek_data(&self, handle: Handle, offset: u64) -> Result<Option<u64>> {
-        let Some((view, range)) = self.seekable(handle, offset)? else { return Ok(None) };
-        let found = view.next_data(range.start + offset)?;
-        let inside = found.filter(|&found| found < range.end());
-        Ok(inside.map(|found| found - range.start))
+        match &*self.handles.get(handle)? {
+            file if offset >= file.len() => Ok(None),
+            Open::Document(_) => Ok(Some(offset)),
+            Open::Disk { view, window } => {
+                let range = window.range(view);
+                let found = view.next_data(range.start + offset)?;
+                let inside = found.filter(|&found| found < range.end());
+                Ok(inside.map(|found| found - range.start))
+            }
+        }
     }
 
     /// The first byte at or behind `offset` that is in a hole (`SEEK_HOLE`); the end of the file is one.
@@ -184,15 +216,15 @@ impl Tree {
     /// # Errors
     /// `None` behind the end; failing reads of tables.
     pub fn seek_hole(&self, handle: Handle, offset: u64) -> Result<Option<u64>> {
-        let Some((view, range)) = self.seekable(handle, offset)? else { return Ok(None) };
-        let found = view.next_hole(range.start + offset)?;
-        Ok(Some(found.min(range.end()) - range.start))
-    }
-
-    /// The disk behind `handle` if `offset` is inside it. Documents have no holes and no need of them.
-    fn seekable(&self, handle: Handle, offset: u64) -> Result<Option<(View, GuestRange)>> {
-        let (view, range) = self.handles.disk(handle)?;
-        Ok((offset < range.len).then_some((view, range)))
+        match &*self.handles.get(handle)? {
+            file if offset >= file.len() => Ok(None),
+            Open::Document(content) => Ok(Some(content.len() as u64)),
+            Open::Disk { view, window } => {
+                let range = window.range(view);
+                let found = view.next_hole(range.start + offset)?;
+                Ok(Some(found.min(range.end()) - range.start))
+            }
+        }
     }
 
     /// Changes a file's size, where the mount's options allow that.

@@ -11,12 +11,12 @@ use std::sync::{Arc, RwLock};
 use std::time::SystemTime;
 
 use self::handles::Handles;
-pub use self::handles::{Caching, Handle, OpenFor};
+pub use self::handles::{Caching, Handle, OpenFor, PastEnd};
 pub use self::lookup::Entry;
 use super::documents;
 use super::inode::Inode;
 use super::view_files::ViewFiles;
-use crate::chain::Chain;
+use crate::chain::{Chain, View};
 use crate::error::Result;
 use crate::units::GuestRange;
 
@@ -142,6 +142,15 @@ enum Window {
     Part(GuestRange),
 }
 
+impl Window {
+    fn range(self, view: &View) -> GuestRange {
+        match self {
+            Self::Whole => view.range(),
+            Self::Part(range) => range,
+        }
+    }
+}
+
 #[derive(Clone, Copy)]
 enum Document {
     ViewInfo,
@@ -233,7 +242,7 @@ impl Tree {
                 (Kind::File, size, size, 0o444)
             }
             What::Disk(window) => {
-                let range = self.range_of(*window, node.view);
+                let range = window.range(&files.view);
                 let mode = if writable { 0o666 } else { 0o444 };
                 // Where that can't be counted: no holes, so that nobody who copies the file looks for any.
                 let allocated = files.allocated(range).unwrap_or(range.len);
@@ -253,13 +262,6 @@ impl Tree {
             Document::Chain => Ok(documents::chain_info(&self.chain, self.options.first_member)),
             Document::Daemon => Ok(documents::daemon_info(&self.options.image)),
             Document::Version => Ok(documents::version()),
-        }
-    }
-
-    fn range_of(&self, window: Window, view: usize) -> GuestRange {
-        match window {
-            Window::Whole => self.views[view].view.range(),
-            Window::Part(range) => range,
         }
     }
 
