@@ -25,7 +25,8 @@ pub struct Arguments {
     /// The new image's format
     #[arg(short, long, value_name = "FORMAT", default_value = "qcow2", value_parser = ["qcow2"])]
     format: String,
-    /// Options: cluster_size=SIZE, compat=0.10|1.1|v2|v3, refcount_bits=N
+    /// Options: cluster_size=SIZE, compat=0.10|1.1|v2|v3, refcount_bits=N, and size=, backing_file=, backing_fmt=
+    /// for what has an argument of its own
     #[arg(short, value_name = "OPTIONS")]
     options: Vec<String>,
     /// The file to make
@@ -37,8 +38,12 @@ pub struct Arguments {
 /// Runs the verb.
 pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     logging::to_stderr();
-    let (version, geometry) = parse_options(&arguments.options)?;
-    let backing = match (&arguments.backing, &arguments.backing_format) {
+    let wanted = Wanted::of(arguments)?;
+    let geometry = wanted.geometry()?;
+    let backing = match (&wanted.backing, &wanted.backing_format) {
+        (Some(name), _) if name.is_empty() => {
+            return Err(Error::usage("the name of the backing file is empty"));
+        }
         (Some(name), Some(format)) => {
             let known = Format::from_name(format).ok_or_else(|| {
                 Error::usage(format!("a backing file is qcow2 or raw, not \"{format}\""))
@@ -51,18 +56,18 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
         (None, Some(_)) => return Err(Error::usage("-F goes with -b")),
         (None, None) => None,
     };
-    let size = match (&arguments.size, &backing) {
+    let size = match (&wanted.size, &backing) {
         (Some(text), _) => size::parse(text)?,
         (None, Some((name, format))) => backing_size(&arguments.image, name, *format)?,
         (None, None) => {
             return Err(Error::usage("a new image without a backing file needs a size"));
         }
     };
-    if let (Some(_), Some((name, format))) = (&arguments.size, &backing) {
+    if let (Some(_), Some((name, format))) = (&wanted.size, &backing) {
         backing_size(&arguments.image, name, *format)?;
     }
     let backing = backing.map(|(name, format)| (name, format.to_string()));
-    let options = CreateOptions { size, version, geometry, backing };
+    let options = CreateOptions { size, version: wanted.version, geometry, backing };
 
     let new = NewImage::plan(&options).at(&arguments.image)?;
     let store = FileStore::create_new(&arguments.image).at(&arguments.image)?;
@@ -70,31 +75,69 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     Ok(ExitCode::from(exit::DONE))
 }
 
-fn parse_options(lists: &[String]) -> Result<(Version, Geometry)> {
-    let (mut version, mut cluster_size, mut refcount_bits) = (Version::V3, 65536, 16);
-    for word in lists.iter().flat_map(|list| list.split(',')).filter(|word| !word.is_empty()) {
+/// What was asked for, by whichever of an argument and an option.
+struct Wanted {
+    version: Version,
+    cluster_size: u64,
+    refcount_bits: u32,
+    size: Option<String>,
+    backing: Option<OsString>,
+    backing_format: Option<String>,
+}
+
+impl Wanted {
+    fn of(arguments: &Arguments) -> Result<Self> {
+        let mut wanted = Self {
+            version: Version::V3,
+            cluster_size: 65536,
+            refcount_bits: 16,
+            size: None,
+            backing: None,
+            backing_format: None,
+        };
+        let words = arguments.options.iter().flat_map(|list| list.split(','));
+        for word in words.filter(|word| !word.is_empty()) {
+            wanted.take(word)?;
+        }
+        wanted.size = arguments.size.clone().or(wanted.size);
+        wanted.backing = arguments.backing.clone().or(wanted.backing);
+        wanted.backing_format = arguments.backing_format.clone().or(wanted.backing_format);
+        Ok(wanted)
+    }
+
+    fn take(&mut self, word: &str) -> Result<()> {
         match word.split_once('=') {
-            Some(("cluster_size", value)) => cluster_size = size::parse(value)?,
-            Some(("compat", "0.10" | "v2")) => version = Version::V2,
-            Some(("compat", "1.1" | "v3")) => version = Version::V3,
-            Some(("refcount_bits", value)) => {
-                refcount_bits = value.parse().unwrap_or(0);
+            Some(("cluster_size", value)) => self.cluster_size = size::parse(value)?,
+            Some(("compat", "0.10" | "v2")) => self.version = Version::V2,
+            Some(("compat", "1.1" | "v3")) => self.version = Version::V3,
+            Some(("refcount_bits", value)) => self.refcount_bits = value.parse().unwrap_or(0),
+            Some(("size", value)) => self.size = Some(value.to_owned()),
+            Some(("backing_file", value)) => self.backing = Some(value.into()),
+            Some(("backing_fmt", value)) => self.backing_format = Some(value.to_owned()),
+            Some(("preallocation" | "lazy_refcounts", "off")) => {}
+            Some((key @ ("preallocation" | "lazy_refcounts"), _)) => {
+                return Err(Error::usage(format!("new images are made with {key}=off only")));
             }
             _ => {
                 return Err(Error::usage(format!(
-                    "option \"{word}\" is none of cluster_size=SIZE, compat=0.10|1.1, refcount_bits=N"
+                    "option \"{word}\" is none of cluster_size=SIZE, compat=0.10|1.1, refcount_bits=N, size=SIZE, \
+                     backing_file=FILE, backing_fmt=FORMAT"
                 )));
             }
         }
+        Ok(())
     }
-    if !cluster_size.is_power_of_two() || !(512..=2 << 20).contains(&cluster_size) {
-        return Err(Error::usage("cluster_size is a power of two between 512 and 2M"));
+
+    fn geometry(&self) -> Result<Geometry> {
+        let Self { cluster_size, refcount_bits, .. } = *self;
+        if !cluster_size.is_power_of_two() || !(512..=2 << 20).contains(&cluster_size) {
+            return Err(Error::usage("cluster_size is a power of two between 512 and 2M"));
+        }
+        if !refcount_bits.is_power_of_two() || refcount_bits > 64 {
+            return Err(Error::usage("refcount_bits is 1, 2, 4, 8, 16, 32 or 64"));
+        }
+        Ok(Geometry::new(cluster_size.trailing_zeros(), refcount_bits.trailing_zeros()))
     }
-    if !u32::is_power_of_two(refcount_bits) || refcount_bits > 64 {
-        return Err(Error::usage("refcount_bits is 1, 2, 4, 8, 16, 32 or 64"));
-    }
-    let geometry = Geometry::new(cluster_size.trailing_zeros(), refcount_bits.trailing_zeros());
-    Ok((version, geometry))
 }
 
 /// The virtual size of the backing file, which must be there and be what the user says it is.

@@ -7,30 +7,34 @@ const SUFFIXES: [&str; 7] = ["", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei"];
 /// Bytes from a number with an optional suffix: `b`, `k`, `M`, `G`, `T`, `P`, `E`, each 1024 of the one before.
 ///
 /// # Errors
-/// Anything else, and more than 2^63 bytes.
+/// Anything else, `kB` and `KiB` too: people differ on what these are. More than 2^63 bytes, and parts of a byte.
 pub fn parse(text: &str) -> Result<u64> {
     let bad = || Error::usage(format!("\"{text}\" is no size: write it like 512, 64k or 1.5G"));
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let power = match text[digits.len()..].to_ascii_lowercase().as_str() {
         "" | "b" => 0,
-        "k" | "kib" | "kb" => 1,
-        "m" | "mib" | "mb" => 2,
-        "g" | "gib" | "gb" => 3,
-        "t" | "tib" | "tb" => 4,
-        "p" | "pib" | "pb" => 5,
-        "e" | "eib" | "eb" => 6,
+        "k" => 1,
+        "m" => 2,
+        "g" => 3,
+        "t" => 4,
+        "p" => 5,
+        "e" => 6,
         _ => return Err(bad()),
     };
     let unit = 1_u64 << (10 * power);
     let (whole, fraction) = digits.split_once('.').unwrap_or((digits, ""));
-    let whole_bytes =
-        whole.parse::<u64>().ok().and_then(|whole| whole.checked_mul(unit)).ok_or_else(bad)?;
-    let fraction_bytes = if fraction.is_empty() {
-        0
-    } else {
-        let share: f64 = format!("0.{fraction}").parse().map_err(|_| bad())?;
-        (share * unit as f64) as u64
-    };
+    let is_number = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
+    let is_part_of_a_byte = power == 0 && fraction.bytes().any(|byte| byte != b'0');
+    let is_empty = whole.is_empty() && fraction.is_empty();
+    if !is_number(whole) || !is_number(fraction) || is_empty || is_part_of_a_byte {
+        return Err(bad());
+    }
+    // Neither part is empty or anything but digits with the zeroes.
+    let number = |text: String| text.parse::<u64>().ok();
+    let whole = number(format!("0{whole}")).and_then(|whole| whole.checked_mul(unit));
+    let whole_bytes = whole.ok_or_else(bad)?;
+    let share: f64 = format!("0.{fraction}0").parse().map_err(|_| bad())?;
+    let fraction_bytes = (share * unit as f64) as u64;
     let bytes = whole_bytes.checked_add(fraction_bytes).ok_or_else(bad)?;
     i64::try_from(bytes).map(i64::cast_unsigned).map_err(|_| bad())
 }
@@ -75,7 +79,12 @@ mod tests {
         assert_eq!(parse("64k").unwrap(), 65536);
         assert_eq!(parse("1.5G").unwrap(), 3 << 29);
         assert_eq!(parse("100M").unwrap(), 100 << 20);
-        for bad in ["", "k", "1x", "-1", "1.x", "16E", "1e3"] {
+        assert_eq!(parse(".5M").unwrap(), 512 << 10);
+        assert_eq!(parse("5.").unwrap(), 5);
+        for bad in [
+            "", "k", ".", ".M", "1x", "-1", "+1", "1.x", "16E", "1e3", "1.5", "0.5b", "1kB",
+            "1MiB", "1.+5k",
+        ] {
             assert!(parse(bad).is_err(), "{bad}");
         }
     }

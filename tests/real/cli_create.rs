@@ -30,6 +30,7 @@ fn a_new_image_has_the_properties_that_qemu_gives_it() {
         "cluster_size=4k,refcount_bits=1",
         "refcount_bits=64",
         "compat=0.10,cluster_size=4096",
+        "preallocation=off,lazy_refcounts=off",
     ];
     for options in options {
         let theirs = images.create("theirs.qcow2", 100 * M, options);
@@ -44,7 +45,7 @@ fn a_new_image_has_the_properties_that_qemu_gives_it() {
 #[test]
 fn sizes_are_given_as_to_qemu() {
     let images = Images::new();
-    for size in ["1048576", "512", "3k", "5M", "7G", "1T", "1.5G", "1000"] {
+    for size in ["1048576", "512", "3k", "5M", "7G", "1T", "1.5G", "1000", ".5M", "5."] {
         let (ours, theirs) = (images.path("ours.qcow2"), images.path("theirs.qcow2"));
         run("qemu-img", &args!["create", "-q", "-f", "qcow2", theirs, size]);
         qchainfs(&args!["create", ours, size]).ok();
@@ -148,13 +149,15 @@ fn impossible_options_are_usage_errors_and_nothing_is_made() {
         "compat=2.0",
         "compat=0.10,refcount_bits=8",
         "colour=blue",
+        "lazy_refcounts=on",
+        "preallocation=full",
     ];
     for options in wrong {
         let outcome = qchainfs(&args!["create", "-o", options, ours, "1M"]);
         assert_eq!(outcome.code, Some(2), "{outcome}");
         assert!(!ours.exists(), "{options}");
     }
-    for size in [&["many"][..], &[], &["-5"]] {
+    for size in [&["many"][..], &[], &["-5"], &["1kB"], &["1MiB"], &["1.5"]] {
         let mut words = args!["create", ours].to_vec();
         words.extend(size.iter().map(std::ffi::OsString::from));
         let outcome = qchainfs(&words);
@@ -172,4 +175,24 @@ fn nothing_that_the_base_names_is_opened() {
     let ours = images.path("ours.qcow2");
     qchainfs(&args!["create", "-b", base, "-F", "qcow2", ours]).ok();
     assert_eq!(properties(&ours)["virtual-size"], M);
+}
+
+#[test]
+fn what_has_an_argument_of_its_own_can_be_an_option_too() {
+    let images = Images::new();
+    images.create("base.qcow2", M, "");
+    let (ours, theirs) = (images.path("ours.qcow2"), images.path("theirs.qcow2"));
+    let options = "backing_file=base.qcow2,backing_fmt=qcow2,size=3M";
+    run("qemu-img", &args!["create", "-q", "-f", "qcow2", "-o", options, theirs]);
+    qchainfs(&args!["create", "-o", options, ours]).ok();
+    assert_eq!(properties(&ours), properties(&theirs));
+}
+
+#[test]
+fn an_empty_name_is_no_base() {
+    let images = Images::new();
+    let ours = images.path("ours.qcow2");
+    let said = qchainfs(&args!["create", "-b", "", "-F", "qcow2", ours, "1M"]).fails(2);
+    assert!(said.contains("backing file"), "{said}");
+    assert!(!ours.exists());
 }
