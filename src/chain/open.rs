@@ -79,7 +79,13 @@ impl Chain {
                 Writability::ReadOnly => Access::ReadOnly,
                 Writability::Writable => Access::ReadWrite,
             };
-            let store = Arc::new(FileStore::open(&file, access).at(&path)?);
+            let wrong_file = |error: Error| match members.last() {
+                Some(above) if error.path().is_none_or(|file| file == path) => {
+                    error.at(&path).named_by(above.path())
+                }
+                _ => error.at(&path),
+            };
+            let store = Arc::new(FileStore::open(&file, access).map_err(wrong_file)?);
             if members.iter().any(|member| member.store().id() == store.id()) {
                 let files = members.iter().map(|member| member.path().to_path_buf());
                 let files = files.chain([path.clone()]).collect();
@@ -93,7 +99,7 @@ impl Chain {
                 store.lock(lock_mode(writability)).at(&path)?;
             }
             let place = Place { index: members.len(), path: &path };
-            let member = open_member(place, store, format, &policy, options)?;
+            let member = open_member(place, store, format, &policy, options).map_err(wrong_file)?;
             next = match member.image() {
                 Some(image) if options.depth == Depth::WholeChain => {
                     find_backing(&path, image, &policy).at(&path)?

@@ -29,7 +29,7 @@ pub fn parse(text: &str) -> Result<u64> {
     if !is_number(whole) || !is_number(fraction) || is_empty || is_part_of_a_byte {
         return Err(bad());
     }
-    // Neither part is empty or anything but digits with the zeroes.
+    // The zeroes keep either part from being empty.
     let number = |text: String| text.parse::<u64>().ok();
     let whole = number(format!("0{whole}")).and_then(|whole| whole.checked_mul(unit));
     let whole_bytes = whole.ok_or_else(bad)?;

@@ -16,6 +16,8 @@ pub struct Error(Box<Inner>);
 
 struct Inner {
     path: Option<PathBuf>,
+    /// The image that names that file as its backing file.
+    named_by: Option<PathBuf>,
     problem: Problem,
 }
 
@@ -212,7 +214,7 @@ pub enum Kind {
 impl Error {
     /// The error for `problem`, without a file yet.
     pub fn new(problem: Problem) -> Self {
-        Self(Box::new(Inner { path: None, problem }))
+        Self(Box::new(Inner { path: None, named_by: None, problem }))
     }
 
     /// An answer of the operating system, with what was being done.
@@ -244,6 +246,13 @@ impl Error {
     #[must_use]
     pub fn at(mut self, path: &Path) -> Self {
         self.0.path.get_or_insert_with(|| path.to_path_buf());
+        self
+    }
+
+    /// Says that the file is the backing file of `image`: the user need never have heard of it.
+    #[must_use]
+    pub fn named_by(mut self, image: &Path) -> Self {
+        self.0.named_by = Some(image.to_path_buf());
         self
     }
 

@@ -81,6 +81,15 @@ impl Error {
 
     /// Why, where that is more than the headline says.
     pub fn reason(&self) -> Option<String> {
+        let origin = self.0.named_by.as_deref();
+        let origin = origin.map(|image| format!("it is the backing file of {}", show(image)));
+        match (self.cause(), origin) {
+            (Some(cause), Some(origin)) => Some(format!("{cause}; {origin}")),
+            (cause, origin) => cause.or(origin),
+        }
+    }
+
+    fn cause(&self) -> Option<String> {
         match self.problem() {
             Problem::NotQcow2 => Some("it does not begin with the magic bytes 51 46 49 fb".into()),
             Problem::Invalid { reason, .. }

@@ -241,3 +241,20 @@ fn an_impossible_header_is_refused_or_read_but_nothing_breaks() {
         untouched.verify();
     }
 }
+
+#[test]
+fn a_backing_file_that_is_no_image_is_named_with_the_image_that_names_it() {
+    let images = Images::new();
+    let base = images.create("base.qcow2", M, "");
+    let top = images.overlay("top.qcow2", "base.qcow2", "");
+    fs::write(&base, "this is no disk image\n".repeat(1000)).expect("write");
+    refuses(
+        &top,
+        1,
+        &["base.qcow2 is not a qcow2 image", "it is the backing file of", "top.qcow2"],
+    );
+    fs::remove_file(&base).expect("remove");
+    fs::create_dir(&base).expect("make a directory");
+    let words = ["base.qcow2 is not a regular file", "it is the backing file of", "top.qcow2"];
+    refuses(&top, 1, &words);
+}
