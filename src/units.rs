@@ -78,7 +78,7 @@ offset! {
 }
 
 /// Bytes `start .. start + len` of the guest's disk.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct GuestRange {
     /// First byte.
     pub start: GuestOffset,

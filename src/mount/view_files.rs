@@ -16,7 +16,7 @@ pub struct ViewFiles {
     /// Its address below the mountpoint's image: "", "[1]", "[1]@one".
     pub address: String,
     partitions: Mutex<Option<Found<Vec<Partition>>>>,
-    allocated: Mutex<HashMap<(u64, u64), Found<Option<u64>>>>,
+    allocated: Mutex<HashMap<GuestRange, Found<Option<u64>>>>,
 }
 
 /// Something found out by looking through a view.
@@ -56,9 +56,8 @@ impl ViewFiles {
     ///
     /// On a view that is being written the answer may be a moment old where finding it out takes long.
     pub fn allocated(&self, range: GuestRange) -> Option<u64> {
-        let key = (range.start.get(), range.len);
         let changes = self.view.generation();
-        if let Some(found) = lock(&self.allocated).get(&key)
+        if let Some(found) = lock(&self.allocated).get(&range)
             && found.is_good_enough(changes)
         {
             return found.value;
@@ -69,8 +68,8 @@ impl ViewFiles {
         });
         let value = found.value;
         let mut known = lock(&self.allocated);
-        if found.is_newer_than(known.get(&key)) {
-            known.insert(key, found);
+        if found.is_newer_than(known.get(&range)) {
+            known.insert(range, found);
         }
         value
     }
