@@ -78,11 +78,11 @@ fn print_human(differences: impl Iterator<Item = Result<GuestRange>>) -> Result<
     for range in differences {
         let range = range?;
         if !any {
-            print(&format!("{:<16}Length\n", "Offset"));
+            print(&format!("{:<16}Length\n", "Offset"))?;
             any = true;
         }
         let (start, len) = (hexadecimal(range.start.get()), hexadecimal(range.len));
-        print(&format!("{start:<16}{len}\n"));
+        print(&format!("{start:<16}{len}\n"))?;
     }
     Ok(any)
 }
@@ -92,10 +92,14 @@ fn print_json(differences: impl Iterator<Item = Result<GuestRange>>) -> Result<b
     let mut before = "[";
     for range in differences {
         let range = range?;
-        print(&format!("{before}{{ \"start\": {}, \"length\": {}}}", range.start.get(), range.len));
+        print(&format!(
+            "{before}{{ \"start\": {}, \"length\": {}}}",
+            range.start.get(),
+            range.len
+        ))?;
         before = ",\n";
     }
     let any = before != "[";
-    print(if any { "]\n" } else { "[]\n" });
+    print(if any { "]\n" } else { "[]\n" })?;
     Ok(any)
 }
