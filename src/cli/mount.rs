@@ -131,9 +131,10 @@ impl Plan {
 
     /// Mounts, calls `ready`, and serves until the end.
     fn serve(&self, ready: impl FnOnce() -> Result<()>) -> Result<ExitCode> {
-        let signals = block_signals()?;
         be_gentle_to_memory();
+        // Until here a signal simply ends the program: nothing is mounted and nothing written.
         let (root, first_member) = self.open_root()?;
+        let signals = block_signals()?;
         let session = Session::mount(root, &self.mount_options(first_member))?;
         stop_on(signals, session.stop())?;
         // The kernel queues what is asked before the first thread listens: the mount answers from here on.

@@ -12,7 +12,7 @@ use std::time::Duration;
 use fuser::{Config, SessionACL};
 
 use super::attach::{
-    AttachOptions, Audience, Detach, MountFlag, attach, detach, layout_at, our_mount,
+    AttachOptions, Audience, Detach, MountEntry, MountFlag, attach, detach, layout_at, our_mount,
 };
 use super::fuse::Fuse;
 use super::state::State;
@@ -45,6 +45,8 @@ pub struct Session {
     fuse: fuser::Session<Fuse>,
     chain: Arc<Chain>,
     mountpoint: PathBuf,
+    /// Which mount is ours: another may be at the same place when this one ends.
+    mount: Option<MountEntry>,
     _state: Option<State>,
 }
 
@@ -53,6 +55,7 @@ pub struct Session {
 pub struct Stop {
     chain: Arc<Chain>,
     mountpoint: PathBuf,
+    mount: Option<MountEntry>,
     requests: Arc<AtomicU32>,
 }
 
@@ -86,8 +89,9 @@ impl Session {
         match fuse.doing("talk to the kernel's FUSE").at(&options.mountpoint) {
             Ok(fuse) => {
                 let mountpoint = options.mountpoint.clone();
-                let state = publish_state(&mountpoint);
-                Ok(Self { fuse, chain, mountpoint, _state: state })
+                let mount = our_mount(&mountpoint);
+                let state = mount.as_ref().and_then(publish_state);
+                Ok(Self { fuse, chain, mountpoint, mount, _state: state })
             }
             Err(error) => {
                 // Nobody will answer there: a mount left behind would hang whoever touches it.
@@ -104,6 +108,7 @@ impl Session {
         Stop {
             chain: self.chain.clone(),
             mountpoint: self.mountpoint.clone(),
+            mount: self.mount.clone(),
             requests: Arc::default(),
         }
     }
@@ -133,6 +138,10 @@ impl Stop {
             log::warn!("ending though the mount is in use");
             std::process::exit(1);
         }
+        if !self.is_mounted() {
+            log::warn!("unmounted already: it ends when the last who has it open is done");
+            return;
+        }
         let detached = match detach(&self.mountpoint, Detach::WhenIdle) {
             Err(error) => {
                 log::warn!("{error}: it ends when the last of them is done");
@@ -143,6 +152,14 @@ impl Stop {
         if let Err(error) = detached {
             log::error!("{error}");
         }
+    }
+}
+
+impl Stop {
+    /// Whether the mount at our place is still ours. Where that can't be known, as with a passed descriptor, it is.
+    fn is_mounted(&self) -> bool {
+        let Some(mount) = &self.mount else { return true };
+        our_mount(&self.mountpoint).is_some_and(|now| now.device == mount.device)
     }
 }
 
@@ -186,12 +203,11 @@ fn check_is_no_member(mountpoint: &Path, chain: &Chain) -> Result<()> {
 }
 
 /// Says who serves the mount. Without that it works, and only `umount` can't wait for us on a mount that is a file.
-fn publish_state(mountpoint: &Path) -> Option<State> {
-    let mount = our_mount(mountpoint)?;
-    match State::publish(&mount) {
+fn publish_state(mount: &MountEntry) -> Option<State> {
+    match State::publish(mount) {
         Ok(state) => Some(state),
         Err(error) => {
-            log::info!("{}: no state file: {error}", mountpoint.display());
+            log::info!("{}: no state file: {error}", mount.mountpoint.display());
             None
         }
     }

@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _};
 
 use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use crate::support::M;
 use crate::support::foreground::Foreground;
@@ -134,6 +135,32 @@ fn umount_of_a_mount_in_use_fails_and_says_who_uses_it() {
     assert!(said.contains(&std::process::id().to_string()), "{said}");
     disk.write_all_at(&[1; 100], 0).expect("the mount still works");
     drop(disk);
+    mounted.umount();
+}
+
+#[test]
+fn a_daemon_whose_mount_is_gone_leaves_the_next_mount_at_its_place_alone() {
+    let images = Images::new();
+    let (first, second) =
+        (images.create("first.qcow2", M, ""), images.create("second.qcow2", M, ""));
+    let mounted = Mounted::read_only(&first);
+    let told = fs::read_to_string(mounted.path(".qchainfs/daemon.json")).expect("daemon.json");
+    let told: serde_json::Value = serde_json::from_str(&told).expect("JSON");
+    let pid = Pid::from_raw(told["pid"].as_i64().expect("a pid") as i32);
+    let open = File::open(mounted.disk()).expect("keep it in use");
+    run("umount", &args!["-l", "-i", mounted.root()]);
+    let again = qchainfs(&args!["mount", "-r", second, mounted.root()]);
+    again.ok();
+    kill(pid, Signal::SIGTERM).expect("send a signal");
+    // It goes on for the one who has it open, and does not answer before it has taken note of the signal.
+    let mut byte = [0];
+    for _ in 0..100 {
+        std::os::unix::fs::FileExt::read_exact_at(&open, &mut byte, 0).expect("it still serves");
+    }
+    drop(open);
+    wait_until("the first daemon ends", || !is_running(pid));
+    let source = mounted.mount_line().expect("the second mount")[0].clone();
+    assert!(source.ends_with("second.qcow2"), "{source}");
     mounted.umount();
 }
 
