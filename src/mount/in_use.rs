@@ -8,7 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process;
 
-use super::attach;
+use super::mount_table;
 
 /// Everything that holds a file under `mountpoint`, an absolute path without links: processes as
 /// "bash (pid 123)", loop devices as "/dev/loop3", other mounts as "the mount on /mnt/x/y".
@@ -76,7 +76,7 @@ fn loop_devices(mountpoint: &Path) -> Vec<String> {
 }
 
 fn mounts_below(mountpoint: &Path) -> Vec<String> {
-    attach::mounts()
+    mount_table::mounts()
         .into_iter()
         .map(|mount| mount.mountpoint)
         .filter(|place| place != mountpoint && place.starts_with(mountpoint))

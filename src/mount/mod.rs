@@ -8,6 +8,7 @@ mod documents;
 mod fuse;
 mod in_use;
 mod inode;
+mod mount_table;
 mod names;
 mod partitions;
 mod session;
@@ -15,8 +16,9 @@ mod state;
 mod tree;
 mod view_files;
 
-pub use attach::{Audience, Detach, MountEntry, MountFlag, detach, our_mount, our_mounts};
+pub use attach::{Audience, Detach, MountFlag, detach};
 pub use inode::Inode;
+pub use mount_table::{MountEntry, our_mount, our_mounts};
 pub use session::{MountOptions, Session, Stop};
 pub use state::{open_process, server};
 pub use tree::{

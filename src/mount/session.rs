@@ -11,10 +11,9 @@ use std::time::Duration;
 
 use fuser::{Config, SessionACL};
 
-use super::attach::{
-    AttachOptions, Audience, Detach, MountEntry, MountFlag, attach, detach, layout_at, our_mount,
-};
+use super::attach::{AttachOptions, Audience, Detach, MountFlag, attach, detach, layout_at};
 use super::fuse::Fuse;
+use super::mount_table::{MountEntry, our_mount};
 use super::state::State;
 use super::tree::{Tree, TreeOptions};
 use crate::chain::{Chain, View};

@@ -14,7 +14,7 @@ use nix::unistd::geteuid;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde_json::{Value, json};
 
-use super::attach::MountEntry;
+use super::mount_table::MountEntry;
 
 /// The state of a mount that this process serves; it goes when this is dropped.
 pub struct State {
