@@ -31,6 +31,7 @@ mod sparse;
 mod tools_on_views;
 mod tree;
 mod tree_rules;
+mod unprivileged;
 mod walkthrough;
 mod writing;
 mod zeroing;
