@@ -12,20 +12,23 @@ const MAX_THREADS: usize = 256;
 
 /// What `--help` says of `-o`.
 pub const HELP: &str = "Mount options, separated by commas:\n\
-     ro, rw                  read-only; writable (default: writable if the file is)\n\
-     growable                truncate may make disk.raw larger\n\
-     allow_other             other users may look inside\n\
-     uid=N, gid=N            owner of the files (default: you)\n\
-     umask=OCTAL             mode bits to clear (default: 027)\n\
-     backing_policy=POLICY   files that images may name: same-dir (default: in or below the\n                        \
-     top image's directory), any, deny, allow:DIR (may be repeated)\n\
-     discard=unmap|ignore    whether discards give host space back (default: unmap)\n\
-     lock=on|off             take and heed image locks (default: on)\n\
-     secret=SOURCE           key of encrypted images: a file, env:VARIABLE or cred:NAME (a\n                        \
-     systemd credential)\n\
-     secret[M]=SOURCE        key of the member with index or file name M only\n\
-     threads=N               threads that answer requests\n\
-     noexec, noatime         as in mount(8), whose other options are accepted and ignored";
+     ro, rw                    read-only; writable (the default if it can be)\n\
+     growable                  truncate may make disk.raw larger\n\
+     allow_other               other users may look inside\n\
+     uid=N, gid=N              owner of the files (default: you)\n\
+     umask=OCTAL               mode bits to clear (default: 027)\n\
+     backing_policy=same-dir   images may name files in or below the top\n\
+     \u{20}                         image's directory (default)\n\
+     backing_policy=allow:DIR  and files in or below DIR (repeatable)\n\
+     backing_policy=any|deny   any file; none\n\
+     discard=unmap|ignore      discards give host space back (default); not\n\
+     lock=on|off               take and heed image locks (default: on)\n\
+     secret=FILE               key of encrypted images; or env:VARIABLE, or\n\
+     \u{20}                         cred:NAME for a systemd credential\n\
+     secret[M]=FILE            key of the member of index or file name M\n\
+     threads=N                 threads that answer requests\n\
+     noexec, noatime           as in mount(8), whose other options are\n\
+     \u{20}                         accepted and ignored";
 
 /// Mount options as ready values; `None` where nothing was said.
 #[derive(Debug, Clone, PartialEq, Eq)]
