@@ -3,11 +3,10 @@
 use std::ffi::OsString;
 use std::process::ExitCode;
 
-use super::mount_options::{Options, Unknown};
 use super::size::hexadecimal;
-use super::views::{ChainArgument, Views};
+use super::views::Source;
 use super::{Output, exit, logging, print};
-use crate::chain::{OpenOptions, Sharing};
+use crate::chain::Depth;
 use crate::error::Result;
 use crate::units::GuestRange;
 
@@ -24,14 +23,8 @@ pub struct Arguments {
     /// Print nothing: the exit code tells
     #[arg(short, long)]
     quiet: bool,
-    /// Look even if another process is writing
-    #[arg(short = 'U', long)]
-    force_share: bool,
-    /// Options as for mount, of which backing_policy and secret count
-    #[arg(short, value_name = "OPTIONS")]
-    options: Vec<String>,
     #[command(flatten)]
-    chain: ChainArgument,
+    source: Source,
     /// IMAGE, IMAGE@SNAPSHOT, IMAGE@#ID, IMAGE[N], IMAGE[N]@SNAPSHOT or IMAGE[FILE]
     #[arg(value_name = "ADDRESS")]
     first: OsString,
@@ -43,15 +36,7 @@ pub struct Arguments {
 /// Runs the verb.
 pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     logging::to_stderr();
-    let words = arguments.options.iter().map(String::as_str);
-    let words = Options::parse(words, Unknown::Refuse)?;
-    let options = OpenOptions {
-        policy: words.policy,
-        secrets: words.secrets,
-        sharing: if arguments.force_share { Sharing::Forced } else { Sharing::Locked },
-        ..OpenOptions::default()
-    };
-    let mut views = Views::new(options, &arguments.chain)?;
+    let mut views = arguments.source.open(Depth::WholeChain)?;
     let [first, second] = views.both(&arguments.first, &arguments.second)?;
     let mut differences = first.differences(&second);
     let differ = if arguments.quiet {

@@ -5,13 +5,12 @@ use std::process::ExitCode;
 
 use serde_json::{Map, Value, json};
 
-use super::mount_options::{Options, Unknown};
 use super::report::printable;
 use super::size::human;
-use super::views::{ChainArgument, Views};
+use super::views::Source;
 use super::{Output, exit, info_encryption, logging, print};
 use crate::chain::resolve_backing_name;
-use crate::chain::{Address, Depth, Member, MemberChoice, OpenOptions, Sharing};
+use crate::chain::{Address, Depth, Member, MemberChoice};
 use crate::error::{At, Doing, Result};
 use crate::image::{Image, SnapshotTree};
 use crate::qcow2::encryption::CRYPT_NONE;
@@ -30,14 +29,8 @@ pub struct Arguments {
     /// All members of the chain, from the top down
     #[arg(long)]
     backing_chain: bool,
-    /// Look even if another process is writing
-    #[arg(short = 'U', long)]
-    force_share: bool,
-    /// Options as for mount, of which backing_policy and secret count
-    #[arg(short, value_name = "OPTIONS")]
-    options: Vec<String>,
     #[command(flatten)]
-    chain: ChainArgument,
+    source: Source,
     /// IMAGE, IMAGE@SNAPSHOT, IMAGE@#ID, IMAGE[N], IMAGE[N]@SNAPSHOT or IMAGE[FILE]
     #[arg(value_name = "ADDRESS", required_unless_present = "chain")]
     address: Option<OsString>,
@@ -49,16 +42,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     let address = arguments.address.as_deref();
     let is_top = address.is_some_and(|text| Address::parse(text).member == MemberChoice::Index(0));
     let depth = if is_top && !arguments.backing_chain { Depth::TopOnly } else { Depth::WholeChain };
-    let words = arguments.options.iter().map(String::as_str);
-    let words = Options::parse(words, Unknown::Refuse)?;
-    let options = OpenOptions {
-        policy: words.policy,
-        secrets: words.secrets,
-        sharing: if arguments.force_share { Sharing::Forced } else { Sharing::Locked },
-        depth,
-        ..OpenOptions::default()
-    };
-    let view = Views::new(options, &arguments.chain)?.only(address)?;
+    let view = arguments.source.open(depth)?.only(address)?;
     let chain = view.chain();
     let first = view.member();
     let last = if arguments.backing_chain { chain.members().len() } else { first + 1 };

@@ -4,12 +4,11 @@ use std::collections::HashMap;
 use std::ffi::OsString;
 use std::process::ExitCode;
 
-use super::mount_options::{Options, Unknown};
 use super::report::printable;
 use super::size::hexadecimal;
-use super::views::{ChainArgument, Views};
+use super::views::Source;
 use super::{Output, exit, logging, print};
-use crate::chain::{Extent, OpenOptions, Sharing, View};
+use crate::chain::{Depth, Extent, View};
 use crate::error::{At, Doing, Result};
 use crate::image::Content;
 use crate::units::HostOffset;
@@ -20,14 +19,8 @@ pub struct Arguments {
     /// How to print it
     #[arg(long, value_enum, default_value = "human")]
     output: Output,
-    /// Look even if another process is writing
-    #[arg(short = 'U', long)]
-    force_share: bool,
-    /// Options as for mount, of which backing_policy and secret count
-    #[arg(short, value_name = "OPTIONS")]
-    options: Vec<String>,
     #[command(flatten)]
-    chain: ChainArgument,
+    source: Source,
     /// IMAGE, IMAGE@SNAPSHOT, IMAGE@#ID, IMAGE[N], IMAGE[N]@SNAPSHOT or IMAGE[FILE]
     #[arg(value_name = "ADDRESS", required_unless_present = "chain")]
     address: Option<OsString>,
@@ -36,15 +29,7 @@ pub struct Arguments {
 /// Runs the verb.
 pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     logging::to_stderr();
-    let words = arguments.options.iter().map(String::as_str);
-    let words = Options::parse(words, Unknown::Refuse)?;
-    let options = OpenOptions {
-        policy: words.policy,
-        secrets: words.secrets,
-        sharing: if arguments.force_share { Sharing::Forced } else { Sharing::Locked },
-        ..OpenOptions::default()
-    };
-    let view = Views::new(options, &arguments.chain)?.only(arguments.address.as_deref())?;
+    let view = arguments.source.open(Depth::WholeChain)?.only(arguments.address.as_deref())?;
     match arguments.output {
         Output::Human => print_human(&view)?,
         Output::Json => print_json(&view)?,

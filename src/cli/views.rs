@@ -7,7 +7,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::chain::{Address, Chain, Layer, OpenOptions, View};
+use super::mount_options::{Options, Unknown};
+use crate::chain::{Address, Chain, Depth, Layer, OpenOptions, Sharing, View};
 use crate::error::{Error, Result};
 use crate::store::FileId;
 
@@ -49,6 +50,35 @@ fn split(list: &[u8]) -> Vec<Vec<u8>> {
     words
 }
 
+/// Where a verb that only looks finds its views, and how it opens them.
+#[derive(clap::Args)]
+pub struct Source {
+    /// Look even if another process is writing
+    #[arg(short = 'U', long)]
+    force_share: bool,
+    /// Options as for mount, of which backing_policy and secret count
+    #[arg(short, value_name = "OPTIONS")]
+    options: Vec<String>,
+    #[command(flatten)]
+    chain: ChainArgument,
+}
+
+impl Source {
+    /// Opens the chain that `--chain` names, if it does; others follow as addresses need them.
+    pub fn open(&self, depth: Depth) -> Result<Views> {
+        let words = self.options.iter().map(String::as_str);
+        let words = Options::parse(words, Unknown::Refuse)?;
+        let options = OpenOptions {
+            policy: words.policy,
+            secrets: words.secrets,
+            sharing: if self.force_share { Sharing::Forced } else { Sharing::Locked },
+            depth,
+            ..OpenOptions::default()
+        };
+        Views::new(options, &self.chain)
+    }
+}
+
 /// Opens views for a verb.
 pub struct Views {
     options: OpenOptions,
@@ -58,7 +88,7 @@ pub struct Views {
 
 impl Views {
     /// Opens the chain that `--chain` names, if it does.
-    pub fn new(options: OpenOptions, chain: &ChainArgument) -> Result<Self> {
+    fn new(options: OpenOptions, chain: &ChainArgument) -> Result<Self> {
         let composed = match chain.layers()? {
             Some(layers) => Some(Arc::new(Chain::compose(&layers, &options)?)),
             None => None,
