@@ -116,6 +116,17 @@ impl GuestRange {
         (start < end).then(|| Self::new(GuestOffset::new(start), end - start))
     }
 
+    /// The parts of the range between multiples of `alignment`, a power of two, in order.
+    pub fn split(self, alignment: u64) -> impl Iterator<Item = Self> {
+        let mut at = self.start;
+        std::iter::from_fn(move || {
+            let len = (self.end() - at).min(alignment - (at.get() & (alignment - 1)));
+            let part = Self::new(at, len);
+            at = at + len;
+            (len > 0).then_some(part)
+        })
+    }
+
     /// Whether the two ranges share a byte.
     pub fn overlaps(self, other: Self) -> bool {
         self.start < other.end() && other.start < self.end()
@@ -142,6 +153,13 @@ mod tests {
         assert_eq!(range(1, 7).narrow(4), Some(range(4, 4)));
         assert_eq!(range(1, 6).narrow(4), None);
         assert_eq!(range(0, 8).narrow(4), Some(range(0, 8)));
+    }
+
+    #[test]
+    fn splitting_gives_every_byte_once_and_no_empty_part() {
+        let parts: Vec<_> = range(3, 9).split(4).collect();
+        assert_eq!(parts, [range(3, 1), range(4, 4), range(8, 4)]);
+        assert_eq!(range(5, 0).split(4).count(), 0);
     }
 
     #[test]

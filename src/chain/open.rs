@@ -75,17 +75,13 @@ impl Chain {
         let mut next = Some((top.to_path_buf(), top.to_path_buf(), Format::Qcow2));
         while let Some((path, file, format)) = next {
             let writability = Place { index: members.len(), path: &path }.writability(options);
-            let access = match writability {
-                Writability::ReadOnly => Access::ReadOnly,
-                Writability::Writable => Access::ReadWrite,
-            };
             let wrong_file = |error: Error| match members.last() {
                 Some(above) if error.path().is_none_or(|file| file == path) => {
                     error.at(&path).named_by(above.path())
                 }
                 _ => error.at(&path),
             };
-            let store = Arc::new(FileStore::open(&file, access).map_err(wrong_file)?);
+            let store = Arc::new(FileStore::open(&file, access(writability)).map_err(wrong_file)?);
             if members.iter().any(|member| member.store().id() == store.id()) {
                 let files = members.iter().map(|member| member.path().to_path_buf());
                 let files = files.chain([path.clone()]).collect();
@@ -145,7 +141,7 @@ pub(super) fn open_member(
         Format::Qcow2 => {
             let header = read_header(&*store).at(path)?;
             header.refuse_unsupported().at(path)?;
-            let data_file = open_data_file(path, &header, policy, options)?;
+            let data_file = open_data_file(place, &header, policy, options)?;
             let (found, data_file) = data_file.unzip();
             data_path = found;
             let cipher = unlock(&*store, &header, index, path, options).at(path)?;
@@ -155,6 +151,13 @@ pub(super) fn open_member(
         }
     };
     Ok(Member::new(path.to_path_buf(), data_path, store, disk))
+}
+
+fn access(writability: Writability) -> Access {
+    match writability {
+        Writability::ReadOnly => Access::ReadOnly,
+        Writability::Writable => Access::ReadWrite,
+    }
 }
 
 fn lock_mode(writability: Writability) -> LockMode {
@@ -168,11 +171,12 @@ fn lock_mode(writability: Writability) -> LockMode {
 ///
 /// Its name is a plain path, never a protocol or a description: an image must not make us open anything else.
 fn open_data_file(
-    image: &Path,
+    place: Place<'_>,
     header: &Header,
     policy: &OpenPolicy,
     options: &OpenOptions,
 ) -> Result<Option<(PathBuf, Arc<dyn Store>)>> {
+    let image = place.path;
     if header.data_place() == DataPlace::Internal || options.depth == Depth::TopOnly {
         return Ok(None);
     }
@@ -181,9 +185,10 @@ fn open_data_file(
     })?;
     let path = backing_name::beside(image, name);
     let file = policy.admit(&path).at(image)?;
-    let store = FileStore::open(&file, Access::ReadOnly).at(&path)?;
+    let writability = place.writability(options);
+    let store = FileStore::open(&file, access(writability)).at(&path)?;
     if options.sharing == Sharing::Locked {
-        store.lock(LockMode::Read).at(&path)?;
+        store.lock(lock_mode(writability)).at(&path)?;
     }
     Ok(Some((path, Arc::new(store))))
 }

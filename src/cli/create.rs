@@ -10,7 +10,7 @@ use super::{exit, logging, size};
 use crate::chain::{Chain, Depth, Format, OpenOptions, RawDisk, Sharing, resolve_backing_name};
 use crate::error::{At, Error, Problem, Result};
 use crate::image::{CreateOptions, NewImage};
-use crate::qcow2::{Geometry, Version};
+use crate::qcow2::{Geometry, L2Form, Version};
 use crate::store::{Access, FileStore, Store};
 
 /// Make a new, empty image, or an overlay on another
@@ -25,8 +25,8 @@ pub struct Arguments {
     /// The new image's format
     #[arg(short, long, value_name = "FORMAT", default_value = "qcow2", value_parser = ["qcow2"])]
     format: String,
-    /// Options: cluster_size=SIZE, compat=0.10|1.1|v2|v3, refcount_bits=N, and size=, backing_file=, backing_fmt=
-    /// for what has an argument of its own
+    /// Options: cluster_size=SIZE, compat=0.10|1.1|v2|v3, refcount_bits=N, extended_l2=on|off, and size=,
+    /// backing_file=, backing_fmt= for what has an argument of its own
     #[arg(short, value_name = "OPTIONS")]
     options: Vec<String>,
     /// The file to make
@@ -80,6 +80,7 @@ struct Wanted {
     version: Version,
     cluster_size: u64,
     refcount_bits: u32,
+    l2_form: L2Form,
     size: Option<String>,
     backing: Option<OsString>,
     backing_format: Option<String>,
@@ -91,6 +92,7 @@ impl Wanted {
             version: Version::V3,
             cluster_size: 65536,
             refcount_bits: 16,
+            l2_form: L2Form::Standard,
             size: None,
             backing: None,
             backing_format: None,
@@ -111,6 +113,8 @@ impl Wanted {
             Some(("compat", "0.10" | "v2")) => self.version = Version::V2,
             Some(("compat", "1.1" | "v3")) => self.version = Version::V3,
             Some(("refcount_bits", value)) => self.refcount_bits = value.parse().unwrap_or(0),
+            Some(("extended_l2", "on")) => self.l2_form = L2Form::Extended,
+            Some(("extended_l2", "off")) => self.l2_form = L2Form::Standard,
             Some(("size", value)) => self.size = Some(value.to_owned()),
             Some(("backing_file", value)) => self.backing = Some(value.into()),
             Some(("backing_fmt", value)) => self.backing_format = Some(value.to_owned()),
@@ -120,8 +124,8 @@ impl Wanted {
             }
             _ => {
                 return Err(Error::usage(format!(
-                    "option \"{word}\" is none of cluster_size=SIZE, compat=0.10|1.1, refcount_bits=N, size=SIZE, \
-                     backing_file=FILE, backing_fmt=FORMAT"
+                    "option \"{word}\" is none of cluster_size=SIZE, compat=0.10|1.1, refcount_bits=N, \
+                     extended_l2=on|off, size=SIZE, backing_file=FILE, backing_fmt=FORMAT"
                 )));
             }
         }
@@ -129,14 +133,19 @@ impl Wanted {
     }
 
     fn geometry(&self) -> Result<Geometry> {
-        let Self { cluster_size, refcount_bits, .. } = *self;
+        let Self { cluster_size, refcount_bits, l2_form, .. } = *self;
         if !cluster_size.is_power_of_two() || !(512..=2 << 20).contains(&cluster_size) {
             return Err(Error::usage("cluster_size is a power of two between 512 and 2M"));
         }
         if !refcount_bits.is_power_of_two() || refcount_bits > 64 {
             return Err(Error::usage("refcount_bits is 1, 2, 4, 8, 16, 32 or 64"));
         }
-        Ok(Geometry::new(cluster_size.trailing_zeros(), refcount_bits.trailing_zeros()))
+        if l2_form == L2Form::Extended && cluster_size < 16384 {
+            return Err(Error::usage("extended L2 entries need clusters of 16K or more"));
+        }
+        let geometry =
+            Geometry::new(cluster_size.trailing_zeros(), refcount_bits.trailing_zeros());
+        Ok(geometry.with_l2_form(l2_form))
     }
 }
 

@@ -16,6 +16,18 @@ pub(super) enum Encryption {
     Locked,
 }
 
+impl Encryption {
+    /// Whether bytes of the file that are zero are zeroes of the disk.
+    pub fn keeps_zeroes(&self) -> bool {
+        matches!(self, Self::None)
+    }
+
+    /// Whether `len` bytes at `at` can be written without knowing what is around them.
+    pub fn can_write_alone(&self, at: GuestOffset, len: u64) -> bool {
+        self.keeps_zeroes() || (at.get() | len).is_multiple_of(SECTOR as u64)
+    }
+}
+
 /// How an image's data is encrypted.
 pub struct GuestCipher {
     /// The cipher with its key.
@@ -61,10 +73,7 @@ impl GuestCipher {
     ) -> Result<()> {
         let start = host.align_down(SECTOR as u64);
         let skip = (host - start) as usize;
-        let number = match self.numbering {
-            SectorNumbering::Guest => guest.align_down(SECTOR as u64).get(),
-            SectorNumbering::Host => start.get(),
-        } / SECTOR as u64;
+        let number = self.sector_number(guest, host);
         if skip == 0 && buf.len().is_multiple_of(SECTOR) {
             store.read_at(buf, start).doing("read its data")?;
             self.cipher.decrypt(number, buf);
@@ -75,5 +84,47 @@ impl GuestCipher {
         self.cipher.decrypt(number, &mut sectors);
         buf.copy_from_slice(&sectors[skip..skip + buf.len()]);
         Ok(())
+    }
+
+    /// Writes the pieces one behind the other to `store` from `host` on: the bytes of the disk from `guest` on.
+    ///
+    /// Of sectors that they cover in part the rest stays: the caller keeps everybody else off these.
+    pub(super) fn write(
+        &self,
+        store: &dyn Store,
+        guest: GuestOffset,
+        host: HostOffset,
+        pieces: &[&[u8]],
+    ) -> Result<()> {
+        let len: usize = pieces.iter().map(|piece| piece.len()).sum();
+        let start = host.align_down(SECTOR as u64);
+        let skip = (host - start) as usize;
+        let end = skip + len;
+        let mut sectors = vec![0; end.next_multiple_of(SECTOR)];
+        let first = guest.align_down(SECTOR as u64);
+        if skip > 0 {
+            self.read(store, first, start, &mut sectors[..SECTOR])?;
+        }
+        if !end.is_multiple_of(SECTOR) {
+            let last = end / SECTOR * SECTOR;
+            let (at, place) = (first + last as u64, start + last as u64);
+            self.read(store, at, place, &mut sectors[last..])?;
+        }
+        let mut rest = &mut sectors[skip..end];
+        for piece in pieces {
+            let (now, later) = rest.split_at_mut(piece.len());
+            now.copy_from_slice(piece);
+            rest = later;
+        }
+        self.cipher.encrypt(self.sector_number(guest, host), &mut sectors);
+        store.write_at(&[&sectors], start).doing("write its data")
+    }
+
+    /// The number of the sector in which both offsets are.
+    fn sector_number(&self, guest: GuestOffset, host: HostOffset) -> u64 {
+        match self.numbering {
+            SectorNumbering::Guest => guest.get() / SECTOR as u64,
+            SectorNumbering::Host => host.get() / SECTOR as u64,
+        }
     }
 }

@@ -3,7 +3,7 @@
 use super::table::Table;
 use crate::error::{Doing, Error, Result};
 use crate::qcow2::{
-    AutoclearFeatures, CompatibleFeatures, Extension, Geometry, Header, IncompatibleFeatures,
+    AutoclearFeatures, CompatibleFeatures, Extension, Geometry, Header, IncompatibleFeatures, L2Form,
     MAX_L1_BYTES, Version, refcount,
 };
 use crate::store::Store;
@@ -44,6 +44,11 @@ impl NewImage {
         if options.version == Version::V2 && geometry.refcount_order() != 4 {
             return Err(Error::usage("version 2 images have 16-bit refcounts"));
         }
+        if geometry.l2_form() == L2Form::Extended && options.version == Version::V2 {
+            return Err(Error::usage(
+                "version 2 images have no extended L2 entries",
+            ));
+        }
         let size = options.size.checked_next_multiple_of(512).unwrap_or(u64::MAX);
         let l1_entries = geometry.l1_entries(size).max(1);
         if l1_entries * 8 > MAX_L1_BYTES {
@@ -78,7 +83,10 @@ impl NewImage {
             reftable_clusters: table_clusters as u32,
             snapshot_count: 0,
             snapshots_offset: HostOffset::ZERO,
-            incompatible: IncompatibleFeatures::empty(),
+            incompatible: match geometry.l2_form() {
+                L2Form::Standard => IncompatibleFeatures::empty(),
+                L2Form::Extended => IncompatibleFeatures::EXTENDED_L2,
+            },
             compatible: CompatibleFeatures::empty(),
             autoclear: AutoclearFeatures::empty(),
             compression_type: 0,

@@ -17,7 +17,7 @@ use super::layout::{CheckedWrite, Owner};
 use super::metadata::Metadata;
 use super::pages::{Dirty, Kind};
 use crate::error::{Doing, Error, Problem, Result};
-use crate::qcow2::offsets;
+use crate::qcow2::{DataPlace, offsets};
 use crate::units::HostOffset;
 
 impl Image {
@@ -67,12 +67,17 @@ impl Image {
         let store = &*self.store;
         let write = |writes: &[CheckedWrite]| writes.iter().try_for_each(|one| one.perform(store));
         let sync = || store.sync().doing("make it durable");
+        let mut early_unsynced = data_unsynced;
+        if data_unsynced && self.data_place == DataPlace::External {
+            self.data.sync().doing("make its data durable")?;
+            early_unsynced = false;
+        }
 
         if !new_blocks.is_empty() {
             write(&new_blocks)?;
             sync()?;
         }
-        if !early.is_empty() || data_unsynced {
+        if !early.is_empty() || early_unsynced {
             write(&early)?;
             sync()?;
         }

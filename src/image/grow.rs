@@ -2,12 +2,13 @@
 
 use std::sync::atomic::Ordering;
 
+use super::entry::{NewEntry, Subclusters};
 use super::layout::Owner;
 use super::table::Table;
 use super::{Below, Image, ZeroMode};
 use crate::error::{Doing, Error, Result};
 use crate::qcow2::{MAX_L1_BYTES, Version, offsets};
-use crate::units::{GuestOffset, GuestRange};
+use crate::units::{GuestOffset, GuestRange, HostOffset};
 
 impl Image {
     /// Makes the disk `size` bytes long, rounded up to 512; new bytes read as zero, whatever lies below.
@@ -45,7 +46,9 @@ impl Image {
         // Zeroed before the header says that it is there: a crash in between changes nothing that can be seen.
         self.size.store(size, Ordering::Release);
         let new = GuestRange::new(GuestOffset::new(old_size), size.saturating_sub(old_size));
-        let prepared = self.hide_old_bytes(below, new).and_then(|()| self.flush());
+        let prepared = self.hide_old_bytes(below, new);
+        let prepared = prepared.and_then(|()| self.lengthen_raw_data(new));
+        let prepared = prepared.and_then(|()| self.flush());
         if let Err(error) = prepared.and_then(|()| self.write_size(size)) {
             self.size.store(old_size, Ordering::Release);
             return Err(error);
@@ -68,6 +71,29 @@ impl Image {
             return Ok(());
         }
         self.zero_claimed(below, behind, ZeroMode::Unmap)
+    }
+
+    /// Makes a data file that has to be readable by itself as long as the disk, and lets all new clusters point into it:
+    /// then also what is written there by others is on the disk.
+    fn lengthen_raw_data(&self, new: GuestRange) -> Result<()> {
+        // Encrypted, a new part of the file would be noise instead of zeroes.
+        if !self.metadata().data_file_is_raw || !self.encryption.keeps_zeroes() {
+            return Ok(());
+        }
+        let len = self.data.len().doing("find out the length of its data file")?;
+        if len > new.start.get() {
+            self.punch_data(HostOffset::new(new.start.get()), new.len)?;
+        }
+        if len < new.end().get() {
+            self.data.set_len(new.end().get()).doing("make its data file longer")?;
+        }
+        self.unsynced.store(true, Ordering::Release);
+        for part in new.split(self.geometry.cluster_size()) {
+            let cluster = part.start.align_down(self.geometry.cluster_size());
+            let (host, written) = (HostOffset::new(cluster.get()), Subclusters::ALL);
+            self.change_entry(cluster, NewEntry::Data { host, written })?;
+        }
+        Ok(())
     }
 
     fn write_size(&self, size: u64) -> Result<()> {

@@ -27,6 +27,8 @@ pub enum Owner {
     SnapshotTable,
     /// The L1 table of a snapshot.
     SnapshotL1,
+    /// The keys of encrypted data.
+    EncryptionHeader,
 }
 
 /// The owner of each metadata cluster of an image that is open for writing.

@@ -1,11 +1,12 @@
 //! Where a disk's bytes are in its image file: the mapping, apart from all data I/O.
 
 use super::Image;
+use super::entry::ClusterEntry;
 use super::metadata::Metadata;
 use super::pages::read_page;
 use super::snapshots::{SnapshotL1, SnapshotTree};
 use crate::error::{Error, Result};
-use crate::qcow2::{CompressedCluster, ExtendedL2Entry, L1Entry, L2Entry, L2Form, be_u64};
+use crate::qcow2::{CompressedCluster, L1Entry, be_u64};
 use crate::units::{GuestRange, HostOffset};
 
 /// A run of a disk with one kind of content.
@@ -167,7 +168,9 @@ impl Metadata {
                     }
                 }
                 let Some(bytes) = &page else { break };
-                entry = match (ClusterEntry::decode(&bytes[in_page as usize..], self), &run) {
+                let decoded =
+                    ClusterEntry::decode(&bytes[in_page as usize..], geometry, self.rules);
+                entry = match (decoded, &run) {
                     (Ok(entry), _) => Some(entry),
                     (Err(error), None) => return Err(error),
                     (Err(_), Some(_)) => None,
@@ -177,7 +180,7 @@ impl Metadata {
             let guest = range.start.get() - skip + (index - first) * unit;
             match &mut run {
                 None => {
-                    let content = entry.content(subcluster * unit, skip, unit);
+                    let content = entry.content(subcluster, skip, geometry);
                     self.check_raw_place(content, guest + skip)?;
                     let len = match content {
                         Content::Compressed { skip, .. } => geometry.cluster_size() - skip,
@@ -186,7 +189,7 @@ impl Metadata {
                     run = Some(Run { len, content });
                 }
                 Some(run) => {
-                    let content = entry.content(subcluster * unit, 0, unit);
+                    let content = entry.content(subcluster, 0, geometry);
                     if !run.content.continues_with(run.len, content)
                         || self.check_raw_place(content, guest).is_err()
                     {
@@ -216,50 +219,10 @@ impl Metadata {
     }
 }
 
-/// An L2 entry of either form.
-#[derive(Clone, Copy)]
-enum ClusterEntry {
-    Standard(L2Entry),
-    Extended(ExtendedL2Entry),
-}
-
-impl ClusterEntry {
-    fn decode(bytes: &[u8], metadata: &Metadata) -> Result<Self> {
-        let (geometry, rules, raw) = (metadata.geometry, metadata.rules, be_u64(bytes, 0));
-        Ok(match geometry.l2_form() {
-            L2Form::Standard => Self::Standard(L2Entry::decode(raw, geometry, rules)?),
-            L2Form::Extended => {
-                let bitmap = be_u64(bytes, 1);
-                Self::Extended(ExtendedL2Entry::decode(raw, bitmap, geometry, rules)?)
-            }
-        })
-    }
-
-    /// What the subcluster of `unit` bytes at byte `start` of the cluster holds from its byte `skip` on.
-    fn content(self, start: u64, skip: u64, unit: u64) -> Content {
-        let at = start + skip;
-        let place = |(host, copied): (HostOffset, bool)| Place { host: host + at, copied };
-        match self {
-            Self::Standard(L2Entry::Unallocated) => Content::Unallocated { kept: None },
-            Self::Standard(L2Entry::Zero { host }) => {
-                // Offset 0 of a data file may be a place, but QEMU takes it for none here, and maps shall agree.
-                let kept = host.filter(|(host, _)| *host != HostOffset::ZERO);
-                Content::Zero { kept: kept.map(place) }
-            }
-            Self::Standard(L2Entry::Data { host, copied }) => Content::Data(place((host, copied))),
-            Self::Standard(L2Entry::Compressed(cluster))
-            | Self::Extended(ExtendedL2Entry::Compressed(cluster)) => {
-                Content::Compressed { cluster, skip: at }
-            }
-            Self::Extended(ExtendedL2Entry::Subclusters { host, allocated, zero }) => {
-                let bit = 1_u32 << (start / unit);
-                match host.map(place) {
-                    Some(place) if allocated & bit != 0 => Content::Data(place),
-                    kept if zero & bit != 0 => Content::Zero { kept },
-                    kept => Content::Unallocated { kept },
-                }
-            }
-        }
+impl Place {
+    /// The place `bytes` further on.
+    pub(super) fn advance(self, bytes: u64) -> Self {
+        Self { host: self.host + bytes, ..self }
     }
 }
 

@@ -1,11 +1,11 @@
 //! The tables of an open image: what is in memory of them, and changes of the mapping.
 
 use super::allocate::{Allocation, Allocator, TableFull};
-use super::map::Place;
+use super::entry::{ClusterEntry, NewEntry};
 use super::pages::{Kind, Pages};
 use super::table::Table;
 use crate::error::{Error, Problem, Result};
-use crate::qcow2::{EntryRules, Geometry, Header, L1Entry, L2Entry, be_u64};
+use crate::qcow2::{DataPlace, EntryRules, Geometry, Header, L1Entry};
 use crate::store::Store;
 use crate::units::{GuestOffset, HostOffset};
 
@@ -20,19 +20,6 @@ pub(super) struct Metadata {
     pub pages: Pages,
     /// Only in an image that is open for writing.
     pub allocator: Option<Allocator>,
-}
-
-/// A change of what a cluster holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum NewEntry {
-    /// Data at this place, whose refcount is one.
-    Data(HostOffset),
-    /// Zeroes without a cluster.
-    Zero,
-    /// Zeroes that keep the cluster at this place, whose refcount is one.
-    ZeroKeeping(HostOffset),
-    /// Nothing.
-    Unallocated,
 }
 
 impl Metadata {
@@ -83,43 +70,72 @@ impl Metadata {
         &mut self,
         store: &dyn Store,
         offset: GuestOffset,
-        new: NewEntry,
+        change: NewEntry,
     ) -> Result<()> {
         let geometry = self.geometry;
         let entry = self.l1.get(geometry.l1_index(offset));
         let L1Entry::Table { host: table, copied: true } = L1Entry::decode(entry, geometry)? else {
             return Err(Error::corrupt(format!("the L2 table for {offset} is not ours to write")));
         };
-        let page_size = self.pages.page_size();
-        let in_table = geometry.l2_index(offset) as u64 * 8;
-        let page_at = table + in_table / page_size * page_size;
-        let index = (in_table % page_size / 8) as usize;
-
+        let (page_at, index) = self.entry_place(table, offset);
         let bytes = self.pages.modify(store, page_at, Kind::L2)?;
-        let old = L2Entry::decode(be_u64(bytes, index), geometry, self.rules)?;
-        let entry = match new {
-            NewEntry::Data(host) => L2Entry::Data { host, copied: true },
-            NewEntry::Zero => L2Entry::Zero { host: None },
-            NewEntry::ZeroKeeping(host) => L2Entry::Zero { host: Some((host, true)) },
-            NewEntry::Unallocated => L2Entry::Unallocated,
-        };
-        bytes[index * 8..][..8].copy_from_slice(&entry.encode(geometry).to_be_bytes());
-        let (allocator, _) = self.writer()?;
-        for host in host_clusters(old, geometry) {
-            if new.host() != Some(host) {
-                allocator.unreference_later(host);
+        let old = ClusterEntry::decode(&bytes[index..], geometry, self.rules)?;
+        let new = old.changed(change);
+        new.encode(&mut bytes[index..], geometry);
+        // Nobody counts the clusters of a data file.
+        if self.rules.data == DataPlace::Internal {
+            let kept = new.host_clusters(geometry);
+            let (allocator, _) = self.writer()?;
+            for host in old.host_clusters(geometry) {
+                if !kept.contains(&host) {
+                    allocator.unreference_later(host);
+                }
             }
         }
         Ok(())
     }
-}
 
-impl NewEntry {
-    fn host(self) -> Option<HostOffset> {
-        match self {
-            Self::Data(host) | Self::ZeroKeeping(host) => Some(host),
-            Self::Zero | Self::Unallocated => None,
+    /// The entry of the cluster at `offset`.
+    pub fn entry(&mut self, store: &dyn Store, offset: GuestOffset) -> Result<ClusterEntry> {
+        let raw = self.l1.get(self.geometry.l1_index(offset));
+        let L1Entry::Table { host: table, .. } = L1Entry::decode(raw, self.geometry)? else {
+            return Ok(ClusterEntry::UNALLOCATED);
+        };
+        let (page_at, index) = self.entry_place(table, offset);
+        let bytes = self.pages.load(store, page_at)?;
+        ClusterEntry::decode(&bytes[index..], self.geometry, self.rules)
+    }
+
+    /// Checks that every cluster in a data file has the place that it has on the disk, as QEMU puts them.
+    ///
+    /// New clusters go there, which must not be another one's.
+    ///
+    /// # Errors
+    /// Clusters elsewhere: such an image can only be read.
+    pub fn check_data_places(&mut self, store: &dyn Store) -> Result<()> {
+        let span = self.geometry.l2_span();
+        for l1_index in 0..self.l1.entries().len() {
+            if self.l1.get(l1_index) == 0 {
+                continue;
+            }
+            for index in 0..self.geometry.l2_entries() {
+                let at = l1_index as u64 * span + index * self.geometry.cluster_size();
+                let entry = self.entry(store, GuestOffset::new(at))?;
+                if entry.host_clusters(self.geometry).iter().any(|host| host.get() != at) {
+                    return Err(Error::new(Problem::ReadableOnly {
+                        feature: "an image with clusters in another order than its data file",
+                    }));
+                }
+            }
         }
+        Ok(())
+    }
+
+    /// The page of the L2 table at `table` that has the entry of the cluster at `offset`, and its place in it.
+    fn entry_place(&self, table: HostOffset, offset: GuestOffset) -> (HostOffset, usize) {
+        let at = self.geometry.l2_index(offset) as u64 * self.geometry.l2_entry_len();
+        let in_page = at % self.pages.page_size();
+        (table + (at - in_page), in_page as usize)
     }
 }
 
@@ -130,20 +146,4 @@ pub(super) enum Prepared {
     Ready,
     /// The refcount table must grow first.
     TableFull(TableFull),
-}
-
-/// The host clusters that an L2 entry holds a reference to.
-pub(super) fn host_clusters(entry: L2Entry, geometry: Geometry) -> Vec<HostOffset> {
-    match entry {
-        L2Entry::Unallocated | L2Entry::Zero { host: None } => Vec::new(),
-        L2Entry::Zero { host: Some((host, _)) } | L2Entry::Data { host, .. } => vec![host],
-        L2Entry::Compressed(cluster) => cluster.host_clusters(geometry).collect(),
-    }
-}
-
-impl Place {
-    /// The place `bytes` further on.
-    pub(super) fn advance(self, bytes: u64) -> Self {
-        Self { host: self.host + bytes, ..self }
-    }
 }

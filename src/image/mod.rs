@@ -10,6 +10,7 @@ mod bitmaps;
 mod cipher;
 mod create;
 mod decompressed;
+mod entry;
 mod flush;
 mod grow;
 mod layout;
@@ -44,7 +45,7 @@ use self::decompressed::Decompressed;
 use self::metadata::Metadata;
 use self::ranges::{Mode, RangeLocks};
 use crate::error::{Error, Problem, Result};
-use crate::qcow2::{Geometry, Header};
+use crate::qcow2::{DataPlace, Geometry, Header};
 use crate::store::Store;
 use crate::units::{GuestOffset, GuestRange};
 
@@ -55,6 +56,7 @@ pub struct Image {
     store: Arc<dyn Store>,
     /// Where guest data is: `store` itself, or an external data file.
     data: Arc<dyn Store>,
+    data_place: DataPlace,
     decompressed: Decompressed,
     encryption: Encryption,
     geometry: Geometry,

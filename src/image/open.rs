@@ -14,9 +14,9 @@ use super::snapshots::SnapshotTable;
 use super::table::Table;
 use super::{Image, Writability};
 use crate::error::{Doing, Error, Problem, RepairMark, Result};
-use crate::qcow2::encryption::CRYPT_NONE;
+use crate::qcow2::encryption::{CRYPT_NONE, LuksArea};
 use crate::qcow2::{
-    AutoclearFeatures, DataPlace, Header, IncompatibleFeatures, L1Entry, L2Form, offsets,
+    AutoclearFeatures, DataPlace, Header, IncompatibleFeatures, L1Entry, offsets,
 };
 use crate::store::{Absent, Store};
 use crate::units::HostOffset;
@@ -56,10 +56,14 @@ impl Image {
         let encryption = match (header.crypt_method, companions.cipher) {
             (CRYPT_NONE, _) => Encryption::None,
             (_, Some(cipher)) => Encryption::Unlocked(cipher),
+            (_, None) if writability == Writability::Writable => {
+                return Err(Error::new(Problem::KeyMissing));
+            }
             (_, None) => Encryption::Locked,
         };
         let geometry = header.geometry;
         let header_compression = header.compression();
+        let header_data_place = header.data_place();
         let read_table = match writability {
             Writability::ReadOnly => Table::read,
             Writability::Writable => Table::read_whole,
@@ -92,6 +96,7 @@ impl Image {
             generation: AtomicU64::new(0),
             decompressed: Decompressed::new(header_compression, geometry),
             data,
+            data_place: header_data_place,
             encryption,
             store,
         })
@@ -105,11 +110,15 @@ impl Image {
             return Ok(());
         }
         let mut metadata = self.metadata();
-        // Autoclear bits say "no writer without this feature has been here". None of them is maintained yet.
-        if !metadata.header.autoclear.is_empty() {
-            let bits = AutoclearFeatures::empty().bits().to_be_bytes().to_vec();
+        if self.data_place == DataPlace::External {
+            metadata.check_data_places(&*self.store)?;
+        }
+        // Autoclear bits say "no writer without this feature has been here".
+        let maintained = metadata.header.autoclear & AutoclearFeatures::RAW_DATA_FILE;
+        if metadata.header.autoclear != maintained {
+            let bits = maintained.bits().to_be_bytes().to_vec();
             self.write_header_field(&mut metadata, offsets::AUTOCLEAR, bits)?;
-            metadata.header.autoclear = AutoclearFeatures::empty();
+            metadata.header.autoclear = maintained;
         }
         *begun = true;
         Ok(())
@@ -154,19 +163,6 @@ fn refuse_unwritable(header: &Header) -> Result<()> {
             feature: "an image with persistent bitmaps",
         }));
     }
-    if header.geometry.l2_form() == L2Form::Extended {
-        return Err(Error::new(Problem::ReadableOnly {
-            feature: "an image with extended L2 entries",
-        }));
-    }
-    if header.crypt_method != CRYPT_NONE {
-        return Err(Error::new(Problem::ReadableOnly { feature: "an encrypted image" }));
-    }
-    if header.data_place() == DataPlace::External {
-        return Err(Error::new(Problem::ReadableOnly {
-            feature: "an image with an external data file",
-        }));
-    }
     Ok(())
 }
 
@@ -197,6 +193,9 @@ fn open_allocator(
     }
     let table_len = snapshots.bytes.len() as u64;
     layout.claim(header.snapshots_offset, table_len, Owner::SnapshotTable)?;
+    if let Some(area) = LuksArea::find(&header.extensions, geometry)? {
+        layout.claim(area.offset, area.len, Owner::EncryptionHeader)?;
+    }
     let file_len = store.len().doing("find out its length")?;
     for snapshot in &snapshots.trees {
         snapshot.check_l1(file_len)?;

@@ -6,13 +6,14 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::Image;
 use super::allocate::Clusters;
+use super::entry::ClusterEntry;
 use super::layout::Owner;
-use super::metadata::{Metadata, host_clusters};
+use super::metadata::Metadata;
 use super::pages::Kind;
 use crate::error::{Doing, Error, Result};
 use crate::qcow2::{
-    Header, L1Entry, L2Entry, MAX_L1_BYTES, MAX_SNAPSHOT_TABLE_BYTES, MAX_SNAPSHOTS,
-    SNAPSHOT_FIXED_LEN, Snapshot, SnapshotLengths, be_u64, offsets,
+    DataPlace, Header, L1Entry, MAX_L1_BYTES, MAX_SNAPSHOT_TABLE_BYTES, MAX_SNAPSHOTS,
+    SNAPSHOT_FIXED_LEN, Snapshot, SnapshotLengths, offsets,
 };
 use crate::store::Store;
 use crate::units::HostOffset;
@@ -129,6 +130,9 @@ impl Image {
     }
 
     fn snapshot_disk(&self, name: &str) -> Result<Arc<SnapshotTree>> {
+        if self.data_place == DataPlace::External {
+            return Err(Error::unsupported("snapshots of an image with an external data file"));
+        }
         let _disk = self.claim_disk();
         self.begin_change()?;
         self.check_new_name(name)?;
@@ -252,9 +256,9 @@ impl Metadata {
             references.push(table);
             for at in (0..self.geometry.cluster_size()).step_by(self.pages.page_size() as usize) {
                 let bytes = self.pages.load(store, table + at)?;
-                for raw in bytes.chunks_exact(8) {
-                    let entry = L2Entry::decode(be_u64(raw, 0), self.geometry, self.rules)?;
-                    references.extend(host_clusters(entry, self.geometry));
+                for raw in bytes.chunks_exact(self.geometry.l2_entry_len() as usize) {
+                    let entry = ClusterEntry::decode(raw, self.geometry, self.rules)?;
+                    references.extend(entry.host_clusters(self.geometry));
                 }
             }
         }
@@ -266,10 +270,10 @@ impl Metadata {
         for table in self.active_l2_tables()? {
             for at in (0..self.geometry.cluster_size()).step_by(self.pages.page_size() as usize) {
                 let old = self.pages.load(store, table + at)?;
-                let mut new = Vec::with_capacity(old.len());
-                for raw in old.chunks_exact(8) {
-                    let entry = L2Entry::decode(be_u64(raw, 0), self.geometry, self.rules)?;
-                    new.extend(entry.shared().encode(self.geometry).to_be_bytes());
+                let mut new = old.to_vec();
+                for raw in new.chunks_exact_mut(self.geometry.l2_entry_len() as usize) {
+                    let entry = ClusterEntry::decode(raw, self.geometry, self.rules)?;
+                    entry.shared().encode(raw, self.geometry);
                 }
                 if new[..] != old[..] {
                     self.pages.replace(table + at, new.into(), Kind::L2);
@@ -294,16 +298,5 @@ impl Metadata {
             }
         }
         Ok(tables)
-    }
-}
-
-impl L2Entry {
-    /// The entry once somebody else refers to its cluster, too.
-    fn shared(self) -> Self {
-        match self {
-            Self::Data { host, .. } => Self::Data { host, copied: false },
-            Self::Zero { host: Some((host, _)) } => Self::Zero { host: Some((host, false)) },
-            other => other,
-        }
     }
 }

@@ -8,9 +8,12 @@ use std::sync::atomic::Ordering;
 
 use super::allocate::{Allocation, Before, Clusters};
 use super::map::{Content, Tree};
-use super::metadata::{NewEntry, Prepared};
+use super::cipher::Encryption;
+use super::entry::{NewEntry, Subclusters};
+use super::metadata::Prepared;
 use super::{Below, Image};
-use crate::error::{Doing, Result};
+use crate::error::{Doing, Error, Problem, Result};
+use crate::qcow2::DataPlace;
 use crate::units::{GuestOffset, GuestRange, HostOffset};
 
 /// Dirty metadata pages after which a writer flushes, so that a crash loses little and memory is bounded (8 MiB).
@@ -41,21 +44,24 @@ impl Image {
 
     /// Writes in place if all of `range` is ours alone to overwrite; else writes nothing and answers `false`.
     fn overwrite(&self, range: GuestRange, data: &[u8]) -> Result<bool> {
+        if !self.encryption.can_write_alone(range.start, range.len) {
+            return Ok(false);
+        }
         let _mapping = self.keep_mapping(range);
         let mut places = Vec::with_capacity(1);
         let mut at = range.start;
         while at < range.end() {
             let run = self.map(Tree::Active, GuestRange::new(at, range.end() - at))?;
             match run.content {
-                Content::Data(place) if place.copied => places.push((place.host, run.len)),
+                Content::Data(place) if place.copied => places.push((at, place.host, run.len)),
                 _ => return Ok(false),
             }
             at = at + run.len;
         }
         let mut rest = data;
-        for (host, len) in places {
+        for (guest, host, len) in places {
             let (now, later) = rest.split_at(len as usize);
-            self.write_data(&[now], host)?;
+            self.write_data(&[now], guest, host)?;
             rest = later;
         }
         Ok(true)
@@ -74,16 +80,21 @@ impl Image {
             let (now, _) = rest.split_at(run.len as usize);
             let written = match run.content {
                 Content::Data(place) if place.copied => {
-                    self.write_data(&[now], place.host)?;
+                    self.write_data(&[now], at, place.host)?;
                     now.len()
                 }
-                Content::Zero { kept: Some(place) } if place.copied => {
+                Content::Zero { kept: Some(place) } | Content::Unallocated { kept: Some(place) }
+                    if place.copied =>
+                {
                     let skip = self.geometry.in_cluster(at);
                     let start = HostOffset::new(place.host.get() - skip);
                     let count = self.geometry.clusters(skip + run.len);
                     let reused = Clusters { start, count, before: Before::Unknown };
-                    self.fill_clusters(below, at, now, reused)?;
-                    self.commit(at, reused)?;
+                    let range = GuestRange::new(at, run.len);
+                    // The other subclusters of these clusters hold live data or none.
+                    let filled = range.widen(self.geometry.subcluster_size());
+                    self.fill(below, filled, at, now, reused)?;
+                    self.commit(range, reused)?;
                     now.len()
                 }
                 _ => self.write_allocating(below, at, now)?,
@@ -108,14 +119,35 @@ impl Image {
         let wanted = self.geometry.clusters(skip + range.len.min(to_table_end));
         let clusters = self.allocate(offset, wanted)?;
         let room = clusters.count * self.geometry.cluster_size() - skip;
-        let len = room.min(range.len) as usize;
-        if let Err(error) = self.fill_clusters(below, offset, &data[..len], clusters) {
-            self.take_back(clusters)?;
+        let range = GuestRange::new(offset, room.min(range.len));
+        let data = &data[..range.len as usize];
+        let filled = self.range_to_fill(range);
+        let filled = filled.and_then(|filled| self.fill(below, filled, offset, data, clusters));
+        if let Err(error) = filled {
+            self.take_back_data(clusters)?;
             return Err(error);
         }
         // A failure from here on must not take the clusters back: some entries may point there.
-        self.commit(offset, clusters)?;
-        Ok(len)
+        self.commit(range, clusters)?;
+        Ok(data.len())
+    }
+
+    /// What new clusters for a write of `range` must hold: its subclusters, and what of the first and the last cluster
+    /// has data elsewhere that moves along.
+    fn range_to_fill(&self, range: GuestRange) -> Result<GuestRange> {
+        let geometry = self.geometry;
+        let around = range.widen(geometry.subcluster_size());
+        let (mut start, mut end) = (around.start, around.end());
+        let mut metadata = self.metadata();
+        let first = range.start.align_down(geometry.cluster_size());
+        let last = GuestOffset::new(range.end().get() - 1).align_down(geometry.cluster_size());
+        for cluster in [first, last] {
+            if let Some(bytes) = metadata.entry(&*self.store, cluster)?.bytes_to_move(geometry) {
+                start = start.min(cluster + bytes.start);
+                end = end.max(cluster + bytes.end);
+            }
+        }
+        Ok(GuestRange::new(start, end - start))
     }
 
     /// Allocates `count` clusters that lie one behind the other, for a table.
@@ -161,12 +193,18 @@ impl Image {
         }
     }
 
-    /// Prepares the L2 table for `offset` and allocates up to `wanted` neighbouring clusters.
+    /// Prepares the L2 table for `offset` and allocates up to `wanted` neighbouring clusters for the data from there on.
     fn allocate(&self, offset: GuestOffset, wanted: u64) -> Result<Clusters> {
         loop {
             let mut metadata = self.metadata();
             let full = match metadata.prepare_l2(&*self.store, offset)? {
                 Prepared::TableFull(full) => full,
+                Prepared::Ready if self.data_place == DataPlace::External => {
+                    // In a data file each cluster has the place that it has on the disk.
+                    let start = offset.align_down(self.geometry.cluster_size()).get();
+                    let (start, before) = (HostOffset::new(start), Before::Unknown);
+                    return Ok(Clusters { start, count: wanted, before });
+                }
                 Prepared::Ready => {
                     let (allocator, pages) = metadata.writer()?;
                     match allocator.allocate(pages, &*self.store, wanted)? {
@@ -180,39 +218,44 @@ impl Image {
         }
     }
 
-    /// Gives back clusters that nothing points to yet.
+    /// Gives back clusters for data that nothing points to yet.
+    fn take_back_data(&self, clusters: Clusters) -> Result<()> {
+        match self.data_place {
+            DataPlace::Internal => self.take_back(clusters),
+            DataPlace::External => Ok(()),
+        }
+    }
+
+    /// Gives back clusters of the image that nothing points to yet.
     pub(super) fn take_back(&self, clusters: Clusters) -> Result<()> {
         let mut metadata = self.metadata();
         let (allocator, pages) = metadata.writer()?;
         allocator.take_back(pages, &*self.store, clusters)
     }
 
-    /// Writes `data` into `clusters`, which are ours and do not hold live data, with what the disk holds around it.
-    fn fill_clusters(
+    /// Fills `filled` of `clusters`, which are ours and do not hold live data there: with `data` from `offset` on, and
+    /// around it with what the disk holds.
+    fn fill(
         &self,
         below: &dyn Below,
+        filled: GuestRange,
         offset: GuestOffset,
         data: &[u8],
         clusters: Clusters,
     ) -> Result<()> {
-        let cluster_size = self.geometry.cluster_size();
-        let start = offset.align_down(cluster_size);
-        let end = start + clusters.count * cluster_size;
         let data_end = offset + data.len() as u64;
-        let head = GuestRange::new(start, offset - start);
-        let tail = GuestRange::new(data_end, end - data_end);
+        let head = GuestRange::new(filled.start, offset - filled.start);
+        let tail = GuestRange::new(data_end, filled.end() - data_end);
         let head_bytes = self.surroundings(below, head, clusters.before)?;
         let tail_bytes = self.surroundings(below, tail, clusters.before)?;
-        let host = match &head_bytes {
-            Some(_) => clusters.start,
-            None => clusters.start + head.len,
-        };
+        let start = if head_bytes.is_some() { filled.start } else { offset };
+        let host = clusters.start + (start - offset.align_down(self.geometry.cluster_size()));
         let pieces: Vec<&[u8]> = [head_bytes.as_deref(), Some(data), tail_bytes.as_deref()]
             .into_iter()
             .flatten()
             .filter(|piece| !piece.is_empty())
             .collect();
-        self.write_data(&pieces, host)
+        self.write_data(&pieces, start, host)
     }
 
     /// What the disk holds in `range`, next to a write; `None` where the new cluster holds it already.
@@ -222,7 +265,8 @@ impl Image {
         range: GuestRange,
         before: Before,
     ) -> Result<Option<Vec<u8>>> {
-        if range.is_empty() || before == Before::Zeroes && self.is_zero(below, range)? {
+        let is_there = before == Before::Zeroes && self.encryption.keeps_zeroes();
+        if range.is_empty() || is_there && self.is_zero(below, range)? {
             return Ok(None);
         }
         let mut bytes = vec![0; range.len as usize];
@@ -230,31 +274,37 @@ impl Image {
         Ok(Some(bytes))
     }
 
-    /// Points the L2 entries from the cluster at `offset` on to `clusters`.
-    fn commit(&self, offset: GuestOffset, clusters: Clusters) -> Result<()> {
+    /// Points the L2 entries of `range` to `clusters`, which hold its data by now.
+    fn commit(&self, range: GuestRange, clusters: Clusters) -> Result<()> {
         let cluster_size = self.geometry.cluster_size();
-        let start = offset.align_down(cluster_size);
         let mut metadata = self.metadata();
-        if let Prepared::TableFull(full) = metadata.prepare_l2(&*self.store, start)? {
+        if let Prepared::TableFull(full) = metadata.prepare_l2(&*self.store, range.start)? {
             drop(metadata);
             self.grow_refcount_table(full)?;
-            return self.commit(start, clusters);
+            return self.commit(range, clusters);
         }
-        for index in 0..clusters.count {
-            let distance = index * cluster_size;
-            let new = NewEntry::Data(clusters.start + distance);
-            metadata.set_entry(&*self.store, start + distance, new)?;
+        let mut host = clusters.start;
+        for part in range.split(cluster_size) {
+            let written = Subclusters::touched_by(part, self.geometry);
+            metadata.set_entry(&*self.store, part.start, NewEntry::Data { host, written })?;
+            host = host + cluster_size;
         }
         drop(metadata);
         self.mapping_changed();
         Ok(())
     }
 
-    /// Writes guest data: never to a cluster that holds a table, whatever the L2 entries say.
-    fn write_data(&self, pieces: &[&[u8]], host: HostOffset) -> Result<()> {
-        let len = pieces.iter().map(|piece| piece.len() as u64).sum();
-        self.metadata().writer()?.0.layout.check_data(host, len)?;
-        let written = self.store.write_at(pieces, host).doing("write its data");
+    /// Writes guest data from `guest` on to `host`: never to a cluster that holds a table, whatever the L2 entries say.
+    fn write_data(&self, pieces: &[&[u8]], guest: GuestOffset, host: HostOffset) -> Result<()> {
+        if self.data_place == DataPlace::Internal {
+            let len = pieces.iter().map(|piece| piece.len() as u64).sum();
+            self.metadata().writer()?.0.layout.check_data(host, len)?;
+        }
+        let written = match &self.encryption {
+            Encryption::None => self.data.write_at(pieces, host).doing("write its data"),
+            Encryption::Unlocked(cipher) => cipher.write(&*self.data, guest, host, pieces),
+            Encryption::Locked => Err(Error::new(Problem::KeyMissing)),
+        };
         // Also after an error: a part may have been written and must be covered by the next sync.
         self.unsynced.store(true, Ordering::Release);
         written

@@ -1,11 +1,14 @@
 //! Discarding and zeroing.
 
+use std::sync::atomic::Ordering;
+
+use super::entry::{NewEntry, Subclusters};
 use super::map::{Content, Run, Tree};
-use super::metadata::{NewEntry, Prepared};
+use super::metadata::Prepared;
 use super::{Below, Image};
-use crate::error::Result;
-use crate::qcow2::Version;
-use crate::units::{GuestOffset, GuestRange};
+use crate::error::{Doing, Result};
+use crate::qcow2::{DataPlace, Version};
+use crate::units::{GuestOffset, GuestRange, HostOffset};
 
 /// What becomes of the clusters of a zeroed range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,8 +25,8 @@ const CHUNK: usize = 1 << 20;
 impl Image {
     /// Makes `range` of the active disk read as zero.
     ///
-    /// Whole clusters become zero clusters (version 3), so that nothing below ever shows through again; parts of
-    /// clusters are overwritten.
+    /// Whole clusters or subclusters become zero ones (version 3), so that nothing below ever shows through again;
+    /// parts of them are overwritten.
     ///
     /// # Errors
     /// As [`Image::write`].
@@ -59,24 +62,32 @@ impl Image {
         range: GuestRange,
         mode: ZeroMode,
     ) -> Result<()> {
-        let cluster_size = self.geometry.cluster_size();
+        if self.metadata().data_file_is_raw {
+            return self.zero_raw_data(below, range, mode);
+        }
+        let unit = self.geometry.subcluster_size();
         // The last cluster counts as whole if only the disk's end cuts it.
         let whole = if range.end().get() == self.size() {
-            GuestRange::new(range.start, range.widen(cluster_size).end() - range.start)
+            GuestRange::new(range.start, range.widen(unit).end() - range.start)
         } else {
             range
         };
-        let Some(whole) = whole.narrow(cluster_size) else {
+        let Some(whole) = whole.narrow(unit) else {
             return self.write_zeroes(below, range);
         };
         self.write_zeroes(below, GuestRange::new(range.start, whole.start - range.start))?;
         let whole_end = whole.end().min(range.end());
-        self.zero_clusters(below, GuestRange::new(whole.start, whole_end - whole.start), mode)?;
+        self.zero_subclusters(below, GuestRange::new(whole.start, whole_end - whole.start), mode)?;
         self.write_zeroes(below, GuestRange::new(whole_end, range.end() - whole_end))
     }
 
-    /// Zeroes clusters that lie in `range` whole, up to the disk's end.
-    fn zero_clusters(&self, below: &dyn Below, range: GuestRange, mode: ZeroMode) -> Result<()> {
+    /// Zeroes subclusters that lie in `range` whole, up to the disk's end.
+    fn zero_subclusters(
+        &self,
+        below: &dyn Below,
+        range: GuestRange,
+        mode: ZeroMode,
+    ) -> Result<()> {
         let mut at = range.start;
         while at < range.end() {
             let run = self.map(Tree::Active, GuestRange::new(at, range.end() - at))?;
@@ -111,25 +122,76 @@ impl Image {
             (Content::Unallocated { .. }, _) if nothing_below => Ok(()),
             (Content::Zero { kept: None }, _)
             | (Content::Zero { kept: Some(_) }, ZeroMode::Keep) => Ok(()),
-            (Content::Data(place), ZeroMode::Keep) if place.copied => self
-                .change_entries(range, |distance| {
-                    NewEntry::ZeroKeeping(place.advance(distance).host)
-                }),
-            _ => self.change_entries(range, |_| NewEntry::Zero),
+            // A compressed cluster has no subclusters that could differ.
+            (Content::Compressed { .. }, _) if !self.is_whole_cluster(range) => {
+                self.write_zeroes(below, range)
+            }
+            (content, mode) => {
+                self.change_entries(range, |subclusters| NewEntry::Zero { subclusters, mode })?;
+                self.punch_data_file(content, range.len, mode)
+            }
         }
     }
 
-    /// Changes the entry of each cluster of `range` to what `new` says for its distance from the range's start.
-    fn change_entries(&self, range: GuestRange, new: impl Fn(u64) -> NewEntry) -> Result<()> {
+    /// Whether `range`, which lies in one cluster, covers all of it that the disk has.
+    fn is_whole_cluster(&self, range: GuestRange) -> bool {
+        let whole = range.widen(self.geometry.cluster_size());
+        range.start == whole.start && range.end().get() == whole.end().get().min(self.size())
+    }
+
+    /// Gives the space of `len` bytes in an external data file back, which the disk does not use any more.
+    ///
+    /// At once, unlike clusters of the image: the place belongs to this part of the disk for good, and might be in use
+    /// again by the next flush. Until then the file's tables may still point there, and find zeroes: the new content.
+    fn punch_data_file(&self, content: Content, len: u64, mode: ZeroMode) -> Result<()> {
+        let (Content::Data(place) | Content::Zero { kept: Some(place) }) = content else {
+            return Ok(());
+        };
+        // Encrypted, a hole would be noise to a reader of the old tables.
+        if self.data_place == DataPlace::External
+            && mode == ZeroMode::Unmap
+            && self.encryption.keeps_zeroes()
+        {
+            self.punch_data(place.host, len)?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn punch_data(&self, host: HostOffset, len: u64) -> Result<()> {
+        let punched = self.data.punch_hole(host, len).doing("give space of its data file back");
+        self.unsynced.store(true, Ordering::Release);
+        punched
+    }
+
+    /// Makes `range` zero in a data file that has to be readable by itself.
+    fn zero_raw_data(&self, below: &dyn Below, range: GuestRange, mode: ZeroMode) -> Result<()> {
+        if mode == ZeroMode::Unmap && self.encryption.keeps_zeroes() {
+            return self.punch_data(HostOffset::new(range.start.get()), range.len);
+        }
+        self.write_zeroes(below, range)
+    }
+
+    /// Changes the entry of each cluster of `range` to what `new` says for its subclusters in the range.
+    fn change_entries(
+        &self,
+        range: GuestRange,
+        new: impl Fn(Subclusters) -> NewEntry,
+    ) -> Result<()> {
         let cluster_size = self.geometry.cluster_size();
-        for distance in (0..range.len).step_by(cluster_size as usize) {
-            self.change_entry(range.start + distance, new(distance))?;
+        // What the last cluster has behind the disk's end goes with it.
+        let end = if range.end().get() == self.size() {
+            range.widen(cluster_size).end()
+        } else {
+            range.end()
+        };
+        for part in GuestRange::new(range.start, end - range.start).split(cluster_size) {
+            self.change_entry(part.start, new(Subclusters::touched_by(part, self.geometry)))?;
         }
         self.mapping_changed();
         Ok(())
     }
 
-    fn change_entry(&self, offset: GuestOffset, new: NewEntry) -> Result<()> {
+    pub(super) fn change_entry(&self, offset: GuestOffset, new: NewEntry) -> Result<()> {
         loop {
             let mut metadata = self.metadata();
             match metadata.prepare_l2(&*self.store, offset)? {

@@ -178,6 +178,17 @@ impl ExtendedL2Entry {
         }
         Ok(Self::Subclusters { host, allocated, zero })
     }
+
+    /// The two words of the entry as the table holds them.
+    pub fn encode(self, geometry: Geometry) -> (u64, u64) {
+        match self {
+            Self::Compressed(cluster) => (cluster.encode(geometry), 0),
+            Self::Subclusters { host, allocated, zero } => {
+                let raw = host.map_or(0, |(host, copied)| host.get() | copied_bit(copied));
+                (raw, u64::from(zero) << 32 | u64::from(allocated))
+            }
+        }
+    }
 }
 
 /// The compressed cluster that `raw` describes, if it does.

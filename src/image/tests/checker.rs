@@ -4,7 +4,9 @@ use std::collections::HashMap;
 
 use crate::image::open::read_header;
 use crate::image::snapshots::SnapshotTable;
-use crate::qcow2::{Geometry, Header, L1Entry, L2Entry, be_u64, refcount};
+use crate::qcow2::{
+    DataPlace, ExtendedL2Entry, Geometry, Header, L1Entry, L2Entry, be_u64, refcount,
+};
 use crate::store::memory::MemoryStore;
 
 /// What the checker found.
@@ -88,19 +90,38 @@ impl Checker<'_> {
             };
             self.refer(host.get(), geometry.cluster_size(), "L2 table");
             self.flag(active, host.get(), copied, "L1 entry");
-            for raw in self.table(host.get(), geometry.l2_entries()) {
-                match L2Entry::decode(raw, geometry, header.entry_rules()).unwrap() {
-                    L2Entry::Data { host, copied }
-                    | L2Entry::Zero { host: Some((host, copied)) } => {
-                        self.refer(host.get(), geometry.cluster_size(), "data");
-                        self.flag(active, host.get(), copied, "L2 entry");
-                    }
-                    L2Entry::Compressed(cluster) => {
-                        for host in cluster.host_clusters(geometry) {
-                            self.refer(host.get(), 1, "compressed data");
-                        }
-                    }
-                    L2Entry::Unallocated | L2Entry::Zero { host: None } => {}
+            let words = geometry.l2_entry_len() / 8;
+            let table = self.table(host.get(), geometry.l2_entries() * words);
+            for entry in table.chunks_exact(words as usize) {
+                self.entry(header, entry, active);
+            }
+        }
+    }
+
+    fn entry(&mut self, header: &Header, entry: &[u64], active: Active) {
+        let (geometry, rules) = (self.geometry, header.entry_rules());
+        let cluster = match entry {
+            &[raw, bitmap] => match ExtendedL2Entry::decode(raw, bitmap, geometry, rules).unwrap() {
+                ExtendedL2Entry::Compressed(cluster) => Err(cluster),
+                ExtendedL2Entry::Subclusters { host, .. } => Ok(host),
+            },
+            raw => match L2Entry::decode(raw[0], geometry, rules).unwrap() {
+                L2Entry::Compressed(cluster) => Err(cluster),
+                L2Entry::Data { host, copied } => Ok(Some((host, copied))),
+                L2Entry::Zero { host } => Ok(host),
+                L2Entry::Unallocated => Ok(None),
+            },
+        };
+        match cluster {
+            Ok(Some(_)) if rules.data == DataPlace::External => {}
+            Ok(Some((host, copied))) => {
+                self.refer(host.get(), geometry.cluster_size(), "data");
+                self.flag(active, host.get(), copied, "L2 entry");
+            }
+            Ok(None) => {}
+            Err(compressed) => {
+                for host in compressed.host_clusters(geometry) {
+                    self.refer(host.get(), 1, "compressed data");
                 }
             }
         }

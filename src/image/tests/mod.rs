@@ -3,6 +3,7 @@
 mod checker;
 mod concurrent;
 mod failures;
+mod kinds;
 mod model;
 mod power_cuts;
 mod regressions;
