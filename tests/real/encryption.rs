@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use crate::support::M;
 use crate::support::images::{Images, Untouched, paint};
 use crate::support::mounted::Mounted;
-use crate::support::oracle::{holds, reads_as};
+use crate::support::oracle::{holds, reads_as, same};
 use crate::support::random::Random;
 use crate::support::tools::{args, qchainfs, run};
 
@@ -186,18 +186,61 @@ fn an_encrypted_base_of_a_plain_overlay_is_copied_from_when_that_is_written() {
 }
 
 #[test]
-fn writing_to_an_encrypted_image_is_refused_by_name() {
+fn what_is_written_to_an_encrypted_image_is_what_qemu_reads_with_the_same_key() {
+    use std::os::unix::fs::FileExt as _;
     let images = Images::new();
-    let (image, _) = encrypted(&images, "disk.qcow2", "right", LUKS);
     let key = key_file(&images, "key", "right");
-    let secret = format!("secret={}", key.display());
-    let said = Mounted::refused(&args!["-o", secret], &image, 14);
-    assert!(said.contains("encrypted"), "{said}");
-    // Mixed with an image that is not encrypted, nothing changes for that one.
+    for (number, options) in [
+        LUKS.to_owned(),
+        format!("{LUKS},cluster_size=512"),
+        format!("{LUKS},extended_l2=on,refcount_bits=64"),
+        format!(
+            "{LUKS},encrypt.cipher-mode=cbc,encrypt.ivgen-alg=essiv,encrypt.ivgen-hash-alg=sha256"
+        ),
+        format!("{LUKS},data_file={}", images.path("guest.data").display()),
+        "encrypt.format=aes".to_owned(),
+    ]
+    .iter()
+    .enumerate()
+    {
+        let name = format!("{number}.qcow2");
+        let (image, mut bytes) = encrypted(&images, &name, "right", options);
+        let mut random = Random::new(182 + number as u64);
+        for _ in 0..3 {
+            let option = format!("secret={}", key.display());
+            let mounted = Mounted::with(&args!["-o", option], &image);
+            let disk = fs::File::options().read(true).write(true).open(mounted.disk());
+            let disk = disk.expect("open for writing");
+            for _ in 0..40 {
+                let (offset, len) = random.range(2 * M, 90_000);
+                let data = random.bytes(len as usize);
+                disk.write_all_at(&data, offset).expect("write");
+                bytes[offset as usize..(offset + len) as usize].copy_from_slice(&data);
+            }
+            drop(disk);
+            holds(&mounted.disk(), &bytes);
+            mounted.umount();
+            same(options, &bytes, &decrypted(&images, &image, "right"));
+            run(
+                "qemu-img",
+                &args!["check", "-q", "--object", secret("right"), "--image-opts"]
+                    .iter()
+                    .cloned()
+                    .chain([open_options(&image).into()])
+                    .collect::<Vec<_>>(),
+            );
+        }
+    }
+}
+
+#[test]
+fn a_key_that_nothing_needs_changes_nothing() {
+    let images = Images::new();
+    let key = key_file(&images, "key", "right");
     let mut random = Random::new(182);
     let plain = images.create("plain.qcow2", M, "");
     paint(&plain, &mut random, M, 5);
-    let mounted = Mounted::with(&args!["-o", secret], &plain);
+    let mounted = Mounted::with(&args!["-o", format!("secret={}", key.display())], &plain);
     reads_as(&mounted.disk(), &plain);
     mounted.umount();
 }

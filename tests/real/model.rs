@@ -58,26 +58,74 @@ struct Twins {
     twin: PathBuf,
     below: Vec<PathBuf>,
     size: u64,
+    kind: Kind,
     with_snapshots: bool,
+}
+
+/// Where the twins keep their data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Clusters,
+    Subclusters,
+    DataFile,
+    SubclustersOfDataFile,
+    RawDataFile,
+}
+
+impl Kind {
+    const ALL: [Self; 5] = [
+        Self::Clusters,
+        Self::Subclusters,
+        Self::DataFile,
+        Self::SubclustersOfDataFile,
+        Self::RawDataFile,
+    ];
+
+    /// The options of `qemu-img create` that make it for an image named `name`.
+    fn options(self, images: &Images, name: &str) -> String {
+        let data = format!("data_file={}", images.path(&format!("{name}.data")).display());
+        match self {
+            Self::Clusters => String::new(),
+            Self::Subclusters => ",extended_l2=on".into(),
+            Self::DataFile => format!(",{data}"),
+            Self::SubclustersOfDataFile => format!(",extended_l2=on,{data}"),
+            Self::RawDataFile => format!(",data_file_raw=on,{data}"),
+        }
+    }
 }
 
 impl Twins {
     fn random(random: &mut Random) -> Self {
         let images = Images::new();
         let size = 512 * (1 + random.below(12 * K));
-        let cluster = random.pick(&["512", "4k", "64k", "64k", "512k"]);
-        let compat = random.pick(&["0.10", "1.1", "1.1"]);
+        let kind = random.pick(&[[Kind::Clusters; 5], Kind::ALL].concat());
+        let cluster = match kind {
+            Kind::Subclusters | Kind::SubclustersOfDataFile => random.pick(&["16k", "64k", "512k"]),
+            _ => random.pick(&["512", "4k", "64k", "64k", "512k"]),
+        };
+        let compat = match kind {
+            Kind::Clusters => random.pick(&["0.10", "1.1", "1.1"]),
+            _ => "1.1",
+        };
         let bits = if compat == "0.10" { 16 } else { random.pick(&[1, 4, 16, 16, 64]) };
         let options = format!("compat={compat},cluster_size={cluster},refcount_bits={bits}");
-        let base = Self::base(&images, random, size);
-        eprintln!("{size} bytes, {options}, over {base:?}");
-        let create = |name: &str| match &base {
-            Some(base) => images.overlay_sized(name, base, size, &options),
-            None => images.create(name, size, &options),
+        let base = match kind {
+            // It has to be readable by itself.
+            Kind::RawDataFile => None,
+            _ => Self::base(&images, random, size),
+        };
+        eprintln!("{size} bytes, {kind:?}, {options}, over {base:?}");
+        let create = |name: &str| {
+            let options = options.clone() + &kind.options(&images, name);
+            match &base {
+                Some(base) => images.overlay_sized(name, base, size, &options),
+                None => images.create(name, size, &options),
+            }
         };
         let (ours, twin) = (create("ours.qcow2"), create("twin.qcow2"));
         let below = base.iter().map(|name| images.path(name)).collect();
-        Self { images, ours, twin, below, size, with_snapshots: bits > 1 }
+        let with_snapshots = bits > 1 && matches!(kind, Kind::Clusters | Kind::Subclusters);
+        Self { images, ours, twin, below, size, kind, with_snapshots }
     }
 
     /// The name of a base image of one of several kinds, as long as the disk, shorter or longer.
@@ -121,6 +169,11 @@ impl Twins {
         writer.close();
         io(&self.twin, &script);
         same("the twin", &expected, &bytes_of(&self.twin));
+        if self.kind == Kind::RawDataFile {
+            let raw = std::fs::read(self.images.path("ours.qcow2.data")).expect("read a data file");
+            // QEMU makes it whole clusters long.
+            same("the data file by itself", &expected, &raw[..expected.len().min(raw.len())]);
+        }
         self.is_not_bloated();
     }
 

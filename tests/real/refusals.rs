@@ -29,30 +29,6 @@ fn refuses(image: &Path, code: i32, words: &[&str]) {
     untouched.verify();
 }
 
-/// Makes an image with options that [`Images::create`] does not have.
-fn create(image: &Path, options: &str) {
-    run("qemu-img", &args!["create", "-q", "-f", "qcow2", "-o", options, image, "4M"]);
-}
-
-#[test]
-fn what_can_only_be_read_is_refused_for_writing_with_the_command_that_reads_it() {
-    let images = Images::new();
-    let data_file = format!("data_file={}", images.path("data.raw").display());
-    for (options, name) in [("extended_l2=on", "extended l2"), (&data_file[..], "data file")] {
-        let image = images.path("disk.qcow2");
-        create(&image, options);
-        io(&image, &["write -P 5 0 1M"]);
-        let untouched = Untouched::now(&[&image]);
-        let said = Mounted::refused(&[], &image, 14).to_lowercase();
-        assert!(said.contains(name) && said.contains("mount -r"), "{said}");
-        let mounted = Mounted::read_only(&image);
-        holds(&mounted.disk(), &bytes_of(&image));
-        mounted.umount();
-        untouched.verify();
-        fs::remove_file(&image).expect("make room for the next");
-    }
-}
-
 #[test]
 fn an_unknown_incompatible_feature_is_refused() {
     let images = Images::new();
