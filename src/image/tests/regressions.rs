@@ -158,3 +158,21 @@ fn a_hostile_snapshot_table_takes_no_time_to_refuse() {
         assert!(open(Arc::new(MemoryStore::new(bytes))).is_err());
     }
 }
+
+#[test]
+fn a_snapshot_whose_l1_table_is_nowhere_is_an_error_when_it_is_read() {
+    let (store, image) = written();
+    image.create_snapshot("s").unwrap();
+    let table = image.header().snapshots_offset.get() as usize;
+    drop(image);
+    let mut bytes = store.after_power_cut(Survivors::All);
+    for offset in [u64::MAX - 511, u64::MAX, 513] {
+        bytes[table..table + 8].copy_from_slice(&offset.to_be_bytes());
+        let store = Arc::new(MemoryStore::new(bytes.clone()));
+        let image = Image::open(store, Writability::ReadOnly).unwrap();
+        let tree = &image.snapshots()[0];
+        let range = GuestRange::new(GuestOffset::new(40 << 10), 512);
+        let found = image.map(crate::image::Tree::Snapshot(tree), range);
+        assert!(found.is_err_and(|error| error.to_string().contains("l1_table_offset")));
+    }
+}
