@@ -143,8 +143,7 @@ impl Wanted {
         if l2_form == L2Form::Extended && cluster_size < 16384 {
             return Err(Error::usage("extended L2 entries need clusters of 16K or more"));
         }
-        let geometry =
-            Geometry::new(cluster_size.trailing_zeros(), refcount_bits.trailing_zeros());
+        let geometry = Geometry::new(cluster_size.trailing_zeros(), refcount_bits.trailing_zeros());
         Ok(geometry.with_l2_form(l2_form))
     }
 }

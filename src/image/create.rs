@@ -3,8 +3,8 @@
 use super::table::Table;
 use crate::error::{Doing, Error, Result};
 use crate::qcow2::{
-    AutoclearFeatures, CompatibleFeatures, Extension, Geometry, Header, IncompatibleFeatures, L2Form,
-    MAX_L1_BYTES, Version, refcount,
+    AutoclearFeatures, CompatibleFeatures, Extension, Geometry, Header, IncompatibleFeatures,
+    L2Form, MAX_L1_BYTES, Version, refcount,
 };
 use crate::store::Store;
 use crate::units::HostOffset;
@@ -45,9 +45,7 @@ impl NewImage {
             return Err(Error::usage("version 2 images have 16-bit refcounts"));
         }
         if geometry.l2_form() == L2Form::Extended && options.version == Version::V2 {
-            return Err(Error::usage(
-                "version 2 images have no extended L2 entries",
-            ));
+            return Err(Error::usage("version 2 images have no extended L2 entries"));
         }
         let size = options.size.checked_next_multiple_of(512).unwrap_or(u64::MAX);
         let l1_entries = geometry.l1_entries(size).max(1);

@@ -122,13 +122,8 @@ impl Metadata {
         }
         let at = first as u64 * 8;
         let in_page = at % self.pages.page_size();
-        // Checked only now: a snapshot that nobody reads may be broken.
-        if !l1.offset.is_aligned(self.geometry.cluster_size()) {
-            return Err(Error::invalid("snapshot's l1_table_offset", "it is not cluster-aligned"));
-        }
-        let page_at = l1.offset.checked_add(at - in_page).ok_or_else(|| {
-            Error::invalid("snapshot's l1_table_offset", "the L1 table lies behind any file's end")
-        })?;
+        l1.check(self.geometry)?;
+        let page_at = l1.offset + (at - in_page);
         let Some(page) = self.pages.get(page_at) else { return Ok(Lookup::Missing(page_at)) };
         let entries = &page[in_page as usize..];
         if let L1Entry::Table { host, .. } = L1Entry::decode(be_u64(entries, 0), self.geometry)? {

@@ -15,9 +15,7 @@ use super::table::Table;
 use super::{Image, Writability};
 use crate::error::{Doing, Error, Problem, RepairMark, Result};
 use crate::qcow2::encryption::{CRYPT_NONE, LuksArea};
-use crate::qcow2::{
-    AutoclearFeatures, DataPlace, Header, IncompatibleFeatures, L1Entry, offsets,
-};
+use crate::qcow2::{AutoclearFeatures, DataPlace, Header, IncompatibleFeatures, L1Entry, offsets};
 use crate::store::{Absent, Store};
 use crate::units::HostOffset;
 
@@ -198,7 +196,7 @@ fn open_allocator(
     }
     let file_len = store.len().doing("find out its length")?;
     for snapshot in &snapshots.trees {
-        snapshot.check_l1(file_len)?;
+        snapshot.check_l1(geometry, file_len)?;
         let entry = snapshot.entry();
         layout.claim(entry.l1_offset, u64::from(entry.l1_entries) * 8, Owner::SnapshotL1)?;
     }

@@ -12,7 +12,7 @@ use super::metadata::Metadata;
 use super::pages::Kind;
 use crate::error::{Doing, Error, Result};
 use crate::qcow2::{
-    DataPlace, Header, L1Entry, MAX_L1_BYTES, MAX_SNAPSHOT_TABLE_BYTES, MAX_SNAPSHOTS,
+    DataPlace, Geometry, Header, L1Entry, MAX_L1_BYTES, MAX_SNAPSHOT_TABLE_BYTES, MAX_SNAPSHOTS,
     SNAPSHOT_FIXED_LEN, Snapshot, SnapshotLengths, offsets,
 };
 use crate::store::Store;
@@ -24,14 +24,12 @@ use crate::units::HostOffset;
 pub struct SnapshotTree {
     entry: Snapshot,
     size: u64,
-    cluster_size: u64,
 }
 
 impl SnapshotTree {
     fn new(entry: Snapshot, header: &Header) -> Self {
         let size = entry.disk_size.unwrap_or(header.size) & !511;
-        let cluster_size = header.geometry.cluster_size();
-        Self { entry, size, cluster_size }
+        Self { entry, size }
     }
 
     /// What the snapshot table says of it.
@@ -52,17 +50,11 @@ impl SnapshotTree {
     /// Checks that the L1 table can be used.
     ///
     /// # Errors
-    /// A table that is not cluster-aligned, above 32 MiB, or behind the end of a file of `file_len` bytes.
-    pub(super) fn check_l1(&self, file_len: u64) -> Result<()> {
-        let SnapshotL1 { offset, entries } = self.l1();
-        let len = entries as u64 * 8;
-        if len > MAX_L1_BYTES {
-            return Err(Error::invalid("snapshot's l1_size", "the L1 table is above 32 MiB"));
-        }
-        if !offset.is_aligned(self.cluster_size) {
-            return Err(Error::invalid("snapshot's l1_table_offset", "it is not cluster-aligned"));
-        }
-        if offset.checked_add(len).is_none_or(|end| end.get() > file_len) {
+    /// As [`SnapshotL1::check`]; a table behind the end of a file of `file_len` bytes.
+    pub(super) fn check_l1(&self, geometry: Geometry, file_len: u64) -> Result<()> {
+        let l1 = self.l1();
+        l1.check(geometry)?;
+        if l1.offset.get() + l1.byte_len() > file_len {
             return Err(Error::invalid(
                 "snapshot's l1_table_offset",
                 "the L1 table lies behind the end of the file",
@@ -77,6 +69,29 @@ impl SnapshotTree {
 pub(super) struct SnapshotL1 {
     pub offset: HostOffset,
     pub entries: usize,
+}
+
+impl SnapshotL1 {
+    fn byte_len(self) -> u64 {
+        self.entries as u64 * 8
+    }
+
+    /// Checks that there can be such a table. Not at open: a snapshot that nobody uses may be broken.
+    ///
+    /// # Errors
+    /// A table that is not cluster-aligned, above 32 MiB, or where no file reaches.
+    pub fn check(self, geometry: Geometry) -> Result<()> {
+        if self.byte_len() > MAX_L1_BYTES {
+            return Err(Error::invalid("snapshot's l1_size", "the L1 table is above 32 MiB"));
+        }
+        if !self.offset.is_aligned(geometry.cluster_size()) {
+            return Err(Error::invalid("snapshot's l1_table_offset", "it is not cluster-aligned"));
+        }
+        if self.offset.get() > i64::MAX as u64 - MAX_L1_BYTES {
+            return Err(Error::invalid("snapshot's l1_table_offset", "no file reaches so far"));
+        }
+        Ok(())
+    }
 }
 
 /// The snapshot table of an image: the bytes as they are, so that rewriting it keeps what is not understood.

@@ -7,9 +7,9 @@
 use std::sync::atomic::Ordering;
 
 use super::allocate::{Allocation, Before, Clusters};
-use super::map::{Content, Tree};
 use super::cipher::Encryption;
 use super::entry::{NewEntry, Subclusters};
+use super::map::{Content, Tree};
 use super::metadata::Prepared;
 use super::{Below, Image};
 use crate::error::{Doing, Error, Problem, Result};
@@ -83,7 +83,8 @@ impl Image {
                     self.write_data(&[now], at, place.host)?;
                     now.len()
                 }
-                Content::Zero { kept: Some(place) } | Content::Unallocated { kept: Some(place) }
+                Content::Zero { kept: Some(place) }
+                | Content::Unallocated { kept: Some(place) }
                     if place.copied =>
                 {
                     let skip = self.geometry.in_cluster(at);

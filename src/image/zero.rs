@@ -82,12 +82,7 @@ impl Image {
     }
 
     /// Zeroes subclusters that lie in `range` whole, up to the disk's end.
-    fn zero_subclusters(
-        &self,
-        below: &dyn Below,
-        range: GuestRange,
-        mode: ZeroMode,
-    ) -> Result<()> {
+    fn zero_subclusters(&self, below: &dyn Below, range: GuestRange, mode: ZeroMode) -> Result<()> {
         let mut at = range.start;
         while at < range.end() {
             let run = self.map(Tree::Active, GuestRange::new(at, range.end() - at))?;

@@ -101,10 +101,12 @@ impl Checker<'_> {
     fn entry(&mut self, header: &Header, entry: &[u64], active: Active) {
         let (geometry, rules) = (self.geometry, header.entry_rules());
         let cluster = match entry {
-            &[raw, bitmap] => match ExtendedL2Entry::decode(raw, bitmap, geometry, rules).unwrap() {
-                ExtendedL2Entry::Compressed(cluster) => Err(cluster),
-                ExtendedL2Entry::Subclusters { host, .. } => Ok(host),
-            },
+            &[raw, bitmap] => {
+                match ExtendedL2Entry::decode(raw, bitmap, geometry, rules).unwrap() {
+                    ExtendedL2Entry::Compressed(cluster) => Err(cluster),
+                    ExtendedL2Entry::Subclusters { host, .. } => Ok(host),
+                }
+            }
             raw => match L2Entry::decode(raw[0], geometry, rules).unwrap() {
                 L2Entry::Compressed(cluster) => Err(cluster),
                 L2Entry::Data { host, copied } => Ok(Some((host, copied))),
