@@ -128,6 +128,14 @@ impl View {
         self.change(|image, below| image.grow(below, size))
     }
 
+    /// Cuts the view to `size` bytes. What is behind is lost.
+    ///
+    /// # Errors
+    /// As [`View::write`]; see [`Image::shrink`].
+    pub fn shrink(&self, size: u64) -> Result<()> {
+        self.change(|image, below| image.shrink(below, size))
+    }
+
     fn change(&self, f: impl FnOnce(&Image, &dyn Below) -> Result<()>) -> Result<()> {
         let path = self.chain.members()[self.member].path();
         let image = self.writable_image().at(path)?;

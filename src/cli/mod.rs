@@ -12,6 +12,7 @@ mod mount;
 mod mount_helper;
 mod mount_options;
 mod report;
+mod resize;
 mod size;
 mod umount;
 mod views;
@@ -46,6 +47,7 @@ enum Verb {
     Map(map::Arguments),
     Diff(diff::Arguments),
     Create(create::Arguments),
+    Resize(resize::Arguments),
     #[command(name = "mount-helper", hide = true)]
     MountHelper(mount_helper::Arguments),
     #[command(name = "umount-helper", hide = true)]
@@ -79,6 +81,7 @@ pub fn run(arguments: impl Iterator<Item = OsString>) -> ExitCode {
         Verb::Map(arguments) => finish(map::run(&arguments)),
         Verb::Diff(arguments) => finish(diff::run(&arguments)),
         Verb::Create(arguments) => finish(create::run(&arguments)),
+        Verb::Resize(arguments) => finish(resize::run(&arguments)),
         Verb::MountHelper(arguments) => mount_helper::run(arguments),
         Verb::UmountHelper(arguments) => mount_helper::run_umount(&arguments),
     }

@@ -96,7 +96,8 @@ impl Image {
         Ok(())
     }
 
-    fn write_size(&self, size: u64) -> Result<()> {
+    /// Lets the header say that the disk has `size` bytes.
+    pub(super) fn write_size(&self, size: u64) -> Result<()> {
         let mut metadata = self.metadata();
         self.write_header_field(&mut metadata, offsets::SIZE, size.to_be_bytes().to_vec())?;
         metadata.header.size = size;

@@ -21,6 +21,7 @@ mod pages;
 mod preallocation;
 mod ranges;
 mod read;
+mod shrink;
 mod snapshots;
 mod table;
 #[cfg(test)]

@@ -8,6 +8,7 @@ mod cli_diff;
 mod cli_info;
 mod cli_map;
 mod cli_mount;
+mod cli_resize;
 mod compose;
 mod compressed;
 mod direct;

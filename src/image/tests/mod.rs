@@ -7,6 +7,7 @@ mod kinds;
 mod model;
 mod power_cuts;
 mod regressions;
+mod resizing;
 
 use std::sync::Arc;
 
