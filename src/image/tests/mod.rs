@@ -9,6 +9,7 @@ mod model;
 mod power_cuts;
 mod qemu;
 mod regressions;
+mod stale_pages;
 
 use std::sync::Arc;
 
