@@ -1,8 +1,7 @@
 //! Making the disk larger.
 
-use std::sync::atomic::Ordering;
-
 use super::layout::Owner;
+use super::sync::atomic::Ordering;
 use super::table::Table;
 use super::{Below, Image, ZeroMode};
 use crate::error::{Doing, Error, Result};

@@ -21,6 +21,7 @@ mod preallocation;
 mod ranges;
 mod read;
 mod snapshots;
+mod sync;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -36,13 +37,14 @@ pub use ranges::RangeGuard;
 pub use snapshots::SnapshotTree;
 pub use zero::ZeroMode;
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError};
 
 use self::cipher::Encryption;
 use self::decompressed::Decompressed;
 use self::metadata::Metadata;
 use self::ranges::{Mode, RangeLocks};
+use self::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use self::sync::{Mutex, MutexGuard, RwLock};
 use crate::error::{Error, Problem, Result};
 use crate::qcow2::{Geometry, Header};
 use crate::store::Store;

@@ -1,6 +1,5 @@
 //! Internal snapshots: the table, their trees, and making a new one.
 
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -9,6 +8,7 @@ use super::allocate::Clusters;
 use super::layout::Owner;
 use super::metadata::{Metadata, host_clusters};
 use super::pages::Kind;
+use super::sync::atomic::Ordering;
 use crate::error::{Doing, Error, Result};
 use crate::qcow2::{
     Header, L1Entry, L2Entry, MAX_L1_BYTES, MAX_SNAPSHOT_TABLE_BYTES, MAX_SNAPSHOTS,

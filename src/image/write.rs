@@ -4,11 +4,10 @@
 //! counted. Write: the data goes there, with what the cluster held around it; no lock but the range is held. Commit:
 //! the L2 entries point there. A failure before the commit takes the clusters back and changes nothing.
 
-use std::sync::atomic::Ordering;
-
 use super::allocate::{Allocation, Before, Clusters};
 use super::map::{Content, Tree};
 use super::metadata::{NewEntry, Prepared};
+use super::sync::atomic::Ordering;
 use super::{Below, Image};
 use crate::error::{Doing, Result};
 use crate::units::{GuestOffset, GuestRange, HostOffset};

@@ -25,12 +25,14 @@ pub struct FaultStore {
     observer: Option<Observer>,
 }
 
-/// Told of each changing operation before it is done, under no lock of the store.
+/// Told of each changing operation before it is done and of each read after it, under no lock of the store.
 pub type Observer = Box<dyn Fn(&FaultStore, Operation) + Send + Sync>;
 
-/// A changing operation of a store.
+/// An operation of a store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Operation {
+    /// A read.
+    Read,
     /// A write, a change of the length, or a punched hole.
     Change,
     /// What was changed becomes durable.
@@ -124,10 +126,14 @@ impl FaultStore {
         Ok(())
     }
 
-    fn begin(&self, operation: Operation) -> io::Result<()> {
+    fn observe(&self, operation: Operation) {
         if let Some(observer) = &self.observer {
             observer(self, operation);
         }
+    }
+
+    fn begin(&self, operation: Operation) -> io::Result<()> {
+        self.observe(operation);
         let number = self.operations.fetch_add(1, Ordering::SeqCst);
         let failing = self.fail_from.load(Ordering::SeqCst)..self.fail_until.load(Ordering::SeqCst);
         if failing.contains(&number) {
@@ -187,7 +193,9 @@ impl Store for FaultStore {
     }
 
     fn read_at(&self, buf: &mut [u8], offset: HostOffset) -> io::Result<()> {
-        self.live.read_at(buf, offset)
+        self.live.read_at(buf, offset)?;
+        self.observe(Operation::Read);
+        Ok(())
     }
 
     fn write_at(&self, pieces: &[&[u8]], offset: HostOffset) -> io::Result<()> {

@@ -28,6 +28,10 @@ impl Judge {
         let judge = Arc::new(Self { moments: AtomicU64::new(0), verdicts: Mutex::default() });
         let watching = judge.clone();
         let observer = move |store: &FaultStore, operation| {
+            std::thread::yield_now();
+            if operation == Operation::Read {
+                return;
+            }
             let number = watching.moments.fetch_add(1, Ordering::SeqCst);
             let now = match when {
                 Moments::OneOf(every) => number.is_multiple_of(every),
@@ -36,7 +40,6 @@ impl Judge {
             if now {
                 watching.look_at(store, number);
             }
-            std::thread::yield_now();
         };
         (judge, Arc::new(FaultStore::observed(bytes, Box::new(observer))))
     }

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::*;
 use crate::random::seeds;
-use crate::store::fault::{FaultStore, Survivors};
+use crate::store::fault::{FaultStore, Operation, Survivors};
 use checker::{Findings, check};
 use history::{History, SECTOR};
 
@@ -118,7 +118,11 @@ fn run(seed: u64) -> u64 {
     let history = Mutex::new(History::new(shape.empty_disk(), SECTOR));
     let judge = Arc::new(Judge { shape, seed, history, moments: AtomicU64::new(0) });
     let watching = judge.clone();
-    let observer = move |store: &FaultStore, _| watching.look_at(store);
+    let observer = move |store: &FaultStore, operation| {
+        if operation != Operation::Read {
+            watching.look_at(store);
+        }
+    };
     let store = Arc::new(FaultStore::observed(shape.create(), Box::new(observer)));
     let image = open(store.clone()).unwrap();
     for _ in 0..STEPS {

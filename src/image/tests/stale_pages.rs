@@ -1,11 +1,9 @@
 //! A page of metadata in memory is what the file holds, whoever changed that meanwhile.
 
-use std::io;
-use std::ops::Range;
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::Mutex;
 
 use super::*;
-use crate::store::fault::{FaultStore, Survivors};
+use crate::store::fault::{FaultStore, Operation, Survivors};
 use crate::units::HostOffset;
 
 const SHAPE: Shape = Shape {
@@ -29,71 +27,23 @@ fn written() -> Vec<u8> {
     store.after_power_cut(Survivors::Nothing)
 }
 
-type Meanwhile = Box<dyn FnOnce() + Send>;
-
-/// A store in which something happens between a read and the reader's hearing of it.
-#[derive(Default)]
-struct SlowReads {
-    inner: MemoryStore,
-    meanwhile: Mutex<Option<Meanwhile>>,
-}
-
-impl SlowReads {
-    fn set(&self, meanwhile: Meanwhile) {
-        *self.meanwhile.lock().unwrap_or_else(PoisonError::into_inner) = Some(meanwhile);
-    }
-}
-
-impl Store for SlowReads {
-    fn len(&self) -> io::Result<u64> {
-        self.inner.len()
-    }
-
-    fn read_at(&self, buf: &mut [u8], offset: HostOffset) -> io::Result<()> {
-        self.inner.read_at(buf, offset)?;
-        let meanwhile = self.meanwhile.lock().unwrap_or_else(PoisonError::into_inner).take();
-        meanwhile.into_iter().for_each(|act| act());
-        Ok(())
-    }
-
-    fn write_at(&self, pieces: &[&[u8]], offset: HostOffset) -> io::Result<()> {
-        self.inner.write_at(pieces, offset)
-    }
-
-    fn set_len(&self, len: u64) -> io::Result<()> {
-        self.inner.set_len(len)
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        self.inner.sync()
-    }
-
-    fn punch_hole(&self, offset: HostOffset, len: u64) -> io::Result<()> {
-        self.inner.punch_hole(offset, len)
-    }
-
-    fn next_data(&self, from: HostOffset) -> io::Result<Option<Range<u64>>> {
-        self.inner.next_data(from)
-    }
-
-    fn allocated(&self) -> io::Result<u64> {
-        self.inner.allocated()
-    }
-}
-
 #[test]
 fn a_page_that_was_read_before_a_flush_does_not_replace_what_the_flush_wrote() {
-    let store = Arc::new(SlowReads { inner: MemoryStore::new(written()), ..SlowReads::default() });
-    let image = Arc::new(open(store.clone()).unwrap());
-    let found = Arc::new(OnceLock::new());
-    let (writer, done) = (image.clone(), found.clone());
-    store.set(Box::new(move || {
+    let meanwhile: Arc<Mutex<Option<Box<dyn FnOnce() + Send>>>> = Arc::default();
+    let waiting = meanwhile.clone();
+    let observer = move |_: &FaultStore, operation| {
+        let act = (operation == Operation::Read).then(|| waiting.lock().unwrap().take()).flatten();
+        act.into_iter().for_each(|act| act());
+    };
+    let store = Arc::new(FaultStore::observed(written(), Box::new(observer)));
+    let image = Arc::new(open(store).unwrap());
+    let writer = image.clone();
+    *meanwhile.lock().unwrap() = Some(Box::new(move || {
         writer.write(&Nothing, cluster(1).start, &[2; 512]).unwrap();
         writer.flush_all().unwrap();
-        done.set(()).unwrap();
     }));
     image.map(Tree::Active, cluster(0)).unwrap();
-    assert!(found.get().is_some(), "the L2 table was not read");
+    assert!(meanwhile.lock().unwrap().is_none(), "the L2 table was not read");
     assert_same(&read_all(&image, &Nothing)[..1024], &[[1; 512], [2; 512]].concat(), "the disk");
 }
 
