@@ -31,5 +31,7 @@ pub mod error;
 pub mod image;
 pub mod mount;
 pub mod qcow2;
+#[cfg(test)]
+mod random;
 pub mod store;
 pub mod units;

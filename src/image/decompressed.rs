@@ -1,10 +1,11 @@
 //! A cache of decompressed clusters: small reads of a compressed cluster decompress it once.
 
 use std::num::NonZeroUsize;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use lru::LruCache;
 
+use super::sync::Mutex;
 use crate::error::{Doing, Result};
 use crate::qcow2::{CompressedCluster, Compression, Geometry, decompress};
 use crate::store::Store;

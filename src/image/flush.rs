@@ -9,13 +9,12 @@
 //!
 //! A step that has nothing to write does not sync.
 
-use std::sync::atomic::Ordering;
-
 use super::Image;
 use super::allocate::TableFull;
 use super::layout::{CheckedWrite, Owner};
 use super::metadata::Metadata;
 use super::pages::{Dirty, Kind};
+use super::sync::atomic::Ordering;
 use crate::error::{Doing, Error, Problem, Result};
 use crate::qcow2::{DataPlace, offsets};
 use crate::units::HostOffset;

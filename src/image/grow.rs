@@ -1,9 +1,8 @@
 //! Making the disk larger.
 
-use std::sync::atomic::Ordering;
-
 use super::entry::{NewEntry, Subclusters};
 use super::layout::Owner;
+use super::sync::atomic::Ordering;
 use super::table::Table;
 use super::{Below, Image, ZeroMode};
 use crate::error::{Doing, Error, Result};

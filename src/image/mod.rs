@@ -23,6 +23,7 @@ mod ranges;
 mod read;
 mod shrink;
 mod snapshots;
+mod sync;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -38,13 +39,14 @@ pub use ranges::RangeGuard;
 pub use snapshots::SnapshotTree;
 pub use zero::ZeroMode;
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError};
 
 use self::cipher::Encryption;
 use self::decompressed::Decompressed;
 use self::metadata::Metadata;
 use self::ranges::{Mode, RangeLocks};
+use self::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use self::sync::{Mutex, MutexGuard, RwLock};
 use crate::error::{Error, Problem, Result};
 use crate::qcow2::{DataPlace, Geometry, Header};
 use crate::store::Store;

@@ -1,7 +1,6 @@
 //! Opening: everything that must be known before the first read, and for a writer, before the first write.
 
-use std::sync::atomic::{AtomicBool, AtomicU64};
-use std::sync::{Arc, Mutex, RwLock};
+use std::sync::Arc;
 
 use super::allocate::Allocator;
 use super::cipher::{Encryption, GuestCipher};
@@ -11,6 +10,8 @@ use super::metadata::Metadata;
 use super::pages::Pages;
 use super::ranges::RangeLocks;
 use super::snapshots::SnapshotTable;
+use super::sync::atomic::{AtomicBool, AtomicU64};
+use super::sync::{Mutex, RwLock};
 use super::table::Table;
 use super::{Image, Writability};
 use crate::error::{Doing, Error, Problem, RepairMark, Result};

@@ -191,6 +191,19 @@ mod tests {
     }
 
     #[test]
+    fn what_was_forgotten_is_read_anew_and_reads_under_way_are_stale() {
+        let store = MemoryStore::new(vec![1; 1 << 20]);
+        let mut pages = Pages::new(65536, 1 << 20);
+        let old = pages.load(&store, AT).unwrap();
+        let epoch = pages.epoch();
+        store.write_at(&[&[2; 4096]], AT).unwrap();
+        assert_eq!(pages.load(&store, AT).unwrap(), old);
+        pages.forget(HostOffset::new(0), 65536);
+        assert_eq!(pages.load(&store, AT).unwrap()[0], 2);
+        assert_ne!(pages.epoch(), epoch);
+    }
+
+    #[test]
     fn dirty_pages_are_never_forgotten() {
         let store = MemoryStore::new(vec![0; 1 << 20]);
         let mut pages = Pages::new(65536, 8192);

@@ -1,8 +1,9 @@
 //! Range locks over the guest's disk: what touches the same clusters waits for each other, nothing else does.
 
 use std::collections::VecDeque;
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::PoisonError;
 
+use super::sync::{Condvar, Mutex};
 use crate::units::GuestRange;
 
 /// The ranges in use, in the order in which they were asked for.

@@ -1,6 +1,6 @@
 //! Making the disk smaller.
 
-use std::sync::atomic::Ordering;
+use super::sync::atomic::Ordering;
 
 use super::entry::{ClusterEntry, NewEntry};
 use super::{Below, Image, Tree, ZeroMode};

@@ -1,6 +1,5 @@
 //! Internal snapshots: the table, their trees, and making a new one.
 
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -10,6 +9,7 @@ use super::entry::ClusterEntry;
 use super::layout::Owner;
 use super::metadata::Metadata;
 use super::pages::Kind;
+use super::sync::atomic::Ordering;
 use crate::error::{Doing, Error, Result};
 use crate::qcow2::{
     DataPlace, Geometry, Header, L1Entry, MAX_L1_BYTES, MAX_SNAPSHOT_TABLE_BYTES, MAX_SNAPSHOTS,

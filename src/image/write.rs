@@ -4,13 +4,12 @@
 //! counted. Write: the data goes there, with what the cluster held around it; no lock but the range is held. Commit:
 //! the L2 entries point there. A failure before the commit takes the clusters back and changes nothing.
 
-use std::sync::atomic::Ordering;
-
 use super::allocate::{Allocation, Before, Clusters};
 use super::cipher::Encryption;
 use super::entry::{NewEntry, Subclusters};
 use super::map::{Content, Tree};
 use super::metadata::Prepared;
+use super::sync::atomic::Ordering;
 use super::{Below, Image};
 use crate::error::{Doing, Error, Problem, Result};
 use crate::qcow2::DataPlace;

@@ -1,6 +1,6 @@
 //! Discarding and zeroing.
 
-use std::sync::atomic::Ordering;
+use super::sync::atomic::Ordering;
 
 use super::entry::{NewEntry, Subclusters};
 use super::map::{Content, Run, Tree};

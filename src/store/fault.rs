@@ -2,12 +2,16 @@
 
 use std::io;
 use std::ops::Range;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard};
 
 use super::Store;
 use super::memory::MemoryStore;
+use crate::random::Random;
 use crate::units::HostOffset;
+
+/// What a disk writes whole or not at all.
+const SECTOR: u64 = 512;
 
 /// Wraps a [`MemoryStore`]: counts the changing operations, fails from a chosen one on, and can show what a power
 /// cut would leave.
@@ -15,9 +19,24 @@ pub struct FaultStore {
     live: MemoryStore,
     /// What was on stable storage at the last sync, and the changes since.
     durable: Mutex<Durable>,
-    changes: AtomicU64,
+    operations: AtomicU64,
     fail_from: AtomicU64,
     fail_until: AtomicU64,
+    observer: Option<Observer>,
+}
+
+/// Told of each changing operation before it is done and of each read after it, under no lock of the store.
+pub type Observer = Box<dyn Fn(&FaultStore, Operation) + Send + Sync>;
+
+/// An operation of a store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Operation {
+    /// A read.
+    Read,
+    /// A write, a change of the length, or a punched hole.
+    Change,
+    /// What was changed becomes durable.
+    Sync,
 }
 
 #[derive(Clone)]
@@ -40,8 +59,10 @@ pub enum Survivors {
     Nothing,
     /// All of them.
     All,
-    /// Those whose bit in a pseudo-random sequence from this seed is set.
+    /// Some of them, each whole and in the order in which they were made; the seed says which.
     Some(u64),
+    /// Some of their sectors, in any order; the seed says which.
+    Torn(u64),
 }
 
 impl FaultStore {
@@ -50,15 +71,21 @@ impl FaultStore {
         Self {
             live: MemoryStore::new(bytes.clone()),
             durable: Mutex::new(Durable { synced: bytes, pending: Vec::new() }),
-            changes: AtomicU64::new(0),
+            operations: AtomicU64::new(0),
             fail_from: AtomicU64::new(u64::MAX),
             fail_until: AtomicU64::new(u64::MAX),
+            observer: None,
         }
     }
 
-    /// How many changing operations (writes, syncs, length changes, punched holes) were asked for.
-    pub fn changes(&self) -> u64 {
-        self.changes.load(Ordering::SeqCst)
+    /// As [`Self::new`], with somebody who looks at it before each changing operation.
+    pub fn observed(bytes: Vec<u8>, observer: Observer) -> Self {
+        Self { observer: Some(observer), ..Self::new(bytes) }
+    }
+
+    /// How many changing operations were asked for.
+    pub fn operations(&self) -> u64 {
+        self.operations.load(Ordering::SeqCst)
     }
 
     /// Lets the changing operations with these numbers, counted from 0, fail with EIO.
@@ -69,37 +96,57 @@ impl FaultStore {
 
     /// What the file holds after a power cut now.
     pub fn after_power_cut(&self, survivors: Survivors) -> Vec<u8> {
-        let durable = self.durable.lock().expect("no test panics with the lock held").clone();
-        let image = MemoryStore::new(durable.synced);
-        let mut state = match survivors {
-            Survivors::Some(seed) => seed | 1,
-            _ => 1,
-        };
-        for change in durable.pending {
-            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            let keep = match survivors {
-                Survivors::Nothing => false,
-                Survivors::All => true,
-                Survivors::Some(_) => state >> 63 == 1,
-            };
-            if keep {
-                change.apply(&image).expect("memory does not fail");
+        let Durable { synced, pending } = self.durable().clone();
+        let image = MemoryStore::new(synced);
+        let kept = match survivors {
+            Survivors::Nothing => Vec::new(),
+            Survivors::All => pending,
+            Survivors::Some(seed) => some_of(pending, &mut Random::new(seed)),
+            Survivors::Torn(seed) => {
+                let mut random = Random::new(seed);
+                let sectors = pending.iter().flat_map(Change::sectors).collect();
+                let mut kept = some_of(sectors, &mut random);
+                random.shuffle(&mut kept);
+                kept
             }
-        }
+        };
+        kept.iter().for_each(|change| change.apply(&image).expect("memory does not fail"));
         image.bytes()
     }
 
+    fn durable(&self) -> MutexGuard<'_, Durable> {
+        self.durable.lock().expect("no test panics with the lock held")
+    }
+
     fn change(&self, change: Change) -> io::Result<()> {
-        let number = self.changes.fetch_add(1, Ordering::SeqCst);
-        let failing = self.fail_from.load(Ordering::SeqCst)..self.fail_until.load(Ordering::SeqCst);
-        if failing.contains(&number) {
-            return Err(io::Error::from_raw_os_error(libc::EIO));
-        }
-        let mut durable = self.durable.lock().expect("no test panics with the lock held");
+        self.begin(Operation::Change)?;
+        let mut durable = self.durable();
         change.apply(&self.live)?;
         durable.pending.push(change);
         Ok(())
     }
+
+    fn observe(&self, operation: Operation) {
+        if let Some(observer) = &self.observer {
+            observer(self, operation);
+        }
+    }
+
+    fn begin(&self, operation: Operation) -> io::Result<()> {
+        self.observe(operation);
+        let number = self.operations.fetch_add(1, Ordering::SeqCst);
+        let failing = self.fail_from.load(Ordering::SeqCst)..self.fail_until.load(Ordering::SeqCst);
+        if failing.contains(&number) {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
+        Ok(())
+    }
+}
+
+/// Few, half or most of `changes`: it takes all three to find what goes wrong.
+fn some_of(changes: Vec<Change>, random: &mut Random) -> Vec<Change> {
+    let eighths = random.pick(&[1, 4, 7]);
+    changes.into_iter().filter(|_| random.below(8) < eighths).collect()
 }
 
 impl Change {
@@ -110,6 +157,34 @@ impl Change {
             Self::Punch { offset, len } => store.punch_hole(HostOffset::new(*offset), *len),
         }
     }
+
+    /// The parts that reach a disk or don't, each for itself.
+    fn sectors(&self) -> Vec<Self> {
+        match self {
+            Self::SetLen(_) => vec![self.clone()],
+            Self::Write { offset, bytes } => {
+                let part = |run: Range<u64>| Self::Write {
+                    offset: run.start,
+                    bytes: bytes[(run.start - offset) as usize..(run.end - offset) as usize].into(),
+                };
+                sectors(*offset, bytes.len() as u64).map(part).collect()
+            }
+            Self::Punch { offset, len } => {
+                let part = |run: Range<u64>| {
+                    let len = run.end - run.start;
+                    Self::Punch { offset: run.start, len }
+                };
+                sectors(*offset, *len).map(part).collect()
+            }
+        }
+    }
+}
+
+/// The run of `len` bytes at `offset`, cut at the borders of sectors.
+fn sectors(offset: u64, len: u64) -> impl Iterator<Item = Range<u64>> {
+    let end = offset + len;
+    (offset / SECTOR..end.div_ceil(SECTOR))
+        .map(move |sector| (sector * SECTOR).max(offset)..((sector + 1) * SECTOR).min(end))
 }
 
 impl Store for FaultStore {
@@ -118,7 +193,9 @@ impl Store for FaultStore {
     }
 
     fn read_at(&self, buf: &mut [u8], offset: HostOffset) -> io::Result<()> {
-        self.live.read_at(buf, offset)
+        self.live.read_at(buf, offset)?;
+        self.observe(Operation::Read);
+        Ok(())
     }
 
     fn write_at(&self, pieces: &[&[u8]], offset: HostOffset) -> io::Result<()> {
@@ -130,12 +207,8 @@ impl Store for FaultStore {
     }
 
     fn sync(&self) -> io::Result<()> {
-        let number = self.changes.fetch_add(1, Ordering::SeqCst);
-        let failing = self.fail_from.load(Ordering::SeqCst)..self.fail_until.load(Ordering::SeqCst);
-        if failing.contains(&number) {
-            return Err(io::Error::from_raw_os_error(libc::EIO));
-        }
-        let mut durable = self.durable.lock().expect("no test panics with the lock held");
+        self.begin(Operation::Sync)?;
+        let mut durable = self.durable();
         durable.synced = self.live.bytes();
         durable.pending.clear();
         Ok(())
@@ -151,5 +224,43 @@ impl Store for FaultStore {
 
     fn allocated(&self) -> io::Result<u64> {
         self.live.allocated()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SIZE: usize = 8 * SECTOR as usize;
+
+    /// Two overlapping writes, which nobody synced.
+    fn written() -> FaultStore {
+        let store = FaultStore::new(vec![0; SIZE]);
+        store.write_at(&[&[1; SIZE]], HostOffset::ZERO).unwrap();
+        store.write_at(&[&[2; SIZE - 100]], HostOffset::new(100)).unwrap();
+        store
+    }
+
+    #[test]
+    fn an_unsynced_write_is_torn_and_reordered_at_sectors_only() {
+        let mut seen = [[false; 3]; 8];
+        for seed in 0..50 {
+            let bytes = written().after_power_cut(Survivors::Torn(seed));
+            for (number, sector) in bytes.chunks(SECTOR as usize).enumerate() {
+                let rest = if number == 0 { &sector[100..] } else { sector };
+                assert!(rest.iter().all(|byte| *byte == rest[0]), "torn inside a sector");
+                seen[number][usize::from(rest[0])] = true;
+            }
+        }
+        assert_eq!(seen, [[true; 3]; 8], "not every write was dropped, kept and overtaken");
+    }
+
+    #[test]
+    fn what_was_synced_survives_every_cut() {
+        let store = written();
+        store.sync().unwrap();
+        for survivors in [Survivors::Nothing, Survivors::Some(1), Survivors::Torn(1)] {
+            assert_eq!(store.after_power_cut(survivors), store.live.bytes());
+        }
     }
 }

@@ -1,5 +1,6 @@
 //! A checker that shares no code with the allocator: who refers to what, and do the refcounts agree.
 
+use std::cmp::Ordering;
 use std::collections::HashMap;
 
 use crate::image::open::read_header;
@@ -139,24 +140,31 @@ impl Checker<'_> {
     fn compare(&mut self, blocks: &[u64]) {
         let geometry = self.geometry;
         let per_block = geometry.refcounts_per_block();
-        let count = |cluster: u64| match blocks.get((cluster / per_block) as usize) {
-            None | Some(0) => 0,
-            Some(&block) => {
-                let mut bytes = self.bytes.get(block as usize..).unwrap_or_default().to_vec();
-                bytes.resize(geometry.cluster_size() as usize, 0);
-                refcount::get(&bytes, (cluster % per_block) as usize, geometry.refcount_order())
+        let mut counts = HashMap::new();
+        for (block, &at) in (0..).zip(blocks).filter(|(_, at)| **at != 0) {
+            let mut bytes = self.bytes.get(at as usize..).unwrap_or_default().to_vec();
+            bytes.resize(geometry.cluster_size() as usize, 0);
+            for index in 0..per_block {
+                match refcount::get(&bytes, index as usize, geometry.refcount_order()) {
+                    0 => {}
+                    count => drop(counts.insert(block * per_block + index, count)),
+                }
             }
-        };
-        let described = (self.bytes.len() as u64).div_ceil(geometry.cluster_size());
-        let last = self.references.keys().max().map_or(0, |last| last + 1);
-        for cluster in 0..described.max(last) {
+        }
+        let count = |cluster: u64| counts.get(&cluster).copied().unwrap_or(0);
+        // Counts behind the end of the file, too: they would be leaks once it is longer.
+        let mut clusters: Vec<u64> = counts.keys().chain(self.references.keys()).copied().collect();
+        clusters.sort_unstable();
+        clusters.dedup();
+        for cluster in clusters {
             let references = self.references.get(&cluster).copied().unwrap_or(0);
             let counted = count(cluster);
-            let finding = format!("cluster {cluster}: refcount {counted}, references {references}");
+            let finding =
+                || format!("cluster {cluster}: refcount {counted}, references {references}");
             match counted.cmp(&references) {
-                std::cmp::Ordering::Less => self.findings.corruptions.push(finding),
-                std::cmp::Ordering::Greater => self.findings.leaks.push(finding),
-                std::cmp::Ordering::Equal => {}
+                Ordering::Less => self.findings.corruptions.push(finding()),
+                Ordering::Greater => self.findings.leaks.push(finding()),
+                Ordering::Equal => {}
             }
         }
         for (cluster, copied, what) in &self.flagged {

@@ -1,94 +1,64 @@
 //! Many threads at once, with the power cut at many moments.
 
-use std::io;
-use std::ops::Range;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::*;
-use crate::store::fault::{FaultStore, Survivors};
-use crate::units::HostOffset;
+use crate::random::seeds;
+use crate::store::fault::{FaultStore, Operation, Survivors};
 use checker::{Findings, check};
 
-/// A store that judges what a power cut would leave, at some of the syncs and punches of a run and at every move of
-/// the refcount table.
+/// Judges what a power cut would leave, at some moments of a run.
 struct Judge {
-    inner: FaultStore,
-    /// One of so many moments is judged.
-    every: u64,
     moments: AtomicU64,
     verdicts: Mutex<Vec<String>>,
 }
 
+/// When a judge looks.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Moments {
+    /// Before one of so many operations.
+    OneOf(u64),
+    Syncs,
+}
+
 impl Judge {
-    fn new(bytes: Vec<u8>, every: u64) -> Self {
-        let (moments, verdicts) = (AtomicU64::new(0), Mutex::default());
-        Self { inner: FaultStore::new(bytes), every, moments, verdicts }
+    /// A judge, and a store for him to look at.
+    fn over(bytes: Vec<u8>, when: Moments) -> (Arc<Self>, Arc<FaultStore>) {
+        let judge = Arc::new(Self { moments: AtomicU64::new(0), verdicts: Mutex::default() });
+        let watching = judge.clone();
+        let observer = move |store: &FaultStore, operation| {
+            std::thread::yield_now();
+            if operation == Operation::Read {
+                return;
+            }
+            let number = watching.moments.fetch_add(1, Ordering::SeqCst);
+            let now = match when {
+                Moments::OneOf(every) => number.is_multiple_of(every),
+                Moments::Syncs => operation == Operation::Sync,
+            };
+            if now {
+                watching.look_at(store, number);
+            }
+        };
+        (judge, Arc::new(FaultStore::observed(bytes, Box::new(observer))))
     }
 
-    fn moment(&self, what: &str) {
-        let number = self.moments.fetch_add(1, Ordering::SeqCst);
-        if number.is_multiple_of(self.every) {
-            self.judge(what, number);
-        }
-    }
-
-    fn judge(&self, what: &str, number: u64) {
+    fn look_at(&self, store: &FaultStore, number: u64) {
         for survivors in [
             Survivors::Nothing,
             Survivors::All,
-            Survivors::Some(number * 7919 + 1),
-            Survivors::Some(number * 104_729 + 3),
+            Survivors::Some(number * 2),
+            Survivors::Some(number * 2 + 1),
+            Survivors::Torn(number * 2),
+            Survivors::Torn(number * 2 + 1),
         ] {
-            let corruptions = check(&self.inner.after_power_cut(survivors)).corruptions;
+            let corruptions = check(&store.after_power_cut(survivors)).corruptions;
             if let Some(first) = corruptions.first() {
-                let verdict = format!("{what}, {survivors:?}: {first}");
+                let verdict = format!("moment {number}, {survivors:?}: {first}");
                 self.verdicts.lock().unwrap().push(verdict);
             }
         }
-    }
-}
-
-impl Store for Judge {
-    fn len(&self) -> io::Result<u64> {
-        self.inner.len()
-    }
-
-    fn read_at(&self, buf: &mut [u8], offset: HostOffset) -> io::Result<()> {
-        self.inner.read_at(buf, offset)
-    }
-
-    fn write_at(&self, pieces: &[&[u8]], offset: HostOffset) -> io::Result<()> {
-        let written = self.inner.write_at(pieces, offset);
-        if offset == crate::qcow2::offsets::REFTABLE {
-            self.judge("move of the refcount table", offset.get());
-        }
-        written
-    }
-
-    fn set_len(&self, len: u64) -> io::Result<()> {
-        self.inner.set_len(len)
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        self.moment("before a sync");
-        let synced = self.inner.sync();
-        std::thread::yield_now();
-        synced
-    }
-
-    fn punch_hole(&self, offset: HostOffset, len: u64) -> io::Result<()> {
-        let punched = self.inner.punch_hole(offset, len);
-        self.moment("after a punch");
-        punched
-    }
-
-    fn next_data(&self, from: HostOffset) -> io::Result<Option<Range<u64>>> {
-        self.inner.next_data(from)
-    }
-
-    fn allocated(&self) -> io::Result<u64> {
-        self.inner.allocated()
     }
 }
 
@@ -159,7 +129,7 @@ fn threads_that_share_clusters_lose_nothing_and_a_power_cut_at_any_time_corrupts
         size,
         backing_len,
     };
-    for seed in 0..4 {
+    for seed in seeds(4) {
         for shape in [
             shape(Version::V3, 9, 4, 200 << 10, 150_000),
             shape(Version::V3, 10, 0, 250 << 10, 0),
@@ -167,12 +137,12 @@ fn threads_that_share_clusters_lose_nothing_and_a_power_cut_at_any_time_corrupts
         ] {
             let context = format!("seed {seed}, {shape:?}");
             let below = shape.below();
-            let store = Arc::new(Judge::new(shape.create(), 5));
+            let (judge, store) = Judge::over(shape.create(), Moments::OneOf(25));
             let image = open(store.clone()).unwrap();
             let models: Vec<_> = std::thread::scope(|scope| {
                 let spawn = |thread| {
                     let (image, below) = (&image, &*below);
-                    let random = Random(seed * 1000 + thread);
+                    let random = Random::new(seed * 1000 + thread);
                     scope.spawn(move || work(image, below, shape, thread, random))
                 };
                 let threads: Vec<_> = (0..THREADS).map(spawn).collect();
@@ -180,8 +150,8 @@ fn threads_that_share_clusters_lose_nothing_and_a_power_cut_at_any_time_corrupts
             });
             image.flush_all().unwrap();
             drop(image);
-            assert_eq!(*store.verdicts.lock().unwrap(), Vec::<String>::new(), "{context}");
-            let bytes = store.inner.after_power_cut(Survivors::All);
+            assert_eq!(*judge.verdicts.lock().unwrap(), Vec::<String>::new(), "{context}");
+            let bytes = store.after_power_cut(Survivors::All);
             assert_eq!(check(&bytes), Findings::default(), "{context}");
             let image = Image::open(Arc::new(MemoryStore::new(bytes)), Writability::ReadOnly);
             let disk = read_all(&image.unwrap(), &*below);
@@ -202,7 +172,7 @@ fn many_writers_that_need_a_longer_refcount_table_get_one_and_no_more() {
         backing_len: 0,
     };
     for _ in 0..3 {
-        let store = Arc::new(Judge::new(shape.create(), u64::MAX));
+        let (judge, store) = Judge::over(shape.create(), Moments::Syncs);
         let image = open(store.clone()).unwrap();
         std::thread::scope(|scope| {
             for thread in 0..8_u64 {
@@ -221,7 +191,7 @@ fn many_writers_that_need_a_longer_refcount_table_get_one_and_no_more() {
         let clusters = image.header().reftable_clusters;
         assert!(clusters <= 4, "the table has {clusters} clusters");
         drop(image);
-        assert_eq!(*store.verdicts.lock().unwrap(), Vec::<String>::new());
-        assert_eq!(check(&store.inner.after_power_cut(Survivors::All)), Findings::default());
+        assert_eq!(*judge.verdicts.lock().unwrap(), Vec::<String>::new());
+        assert_eq!(check(&store.after_power_cut(Survivors::All)), Findings::default());
     }
 }

@@ -1,6 +1,7 @@
 //! Stores that fail: what fails is told, what was there stays.
 
 use super::*;
+use crate::random::seeds;
 use crate::store::fault::FaultStore;
 use checker::check;
 
@@ -13,7 +14,7 @@ const SHAPE: Shape = Shape {
 };
 
 fn changes(seed: u64) -> Vec<Change> {
-    let mut random = Random(seed);
+    let mut random = Random::new(seed);
     (0..12).map(|_| Change::random(&mut random, SHAPE.size)).collect()
 }
 
@@ -30,14 +31,14 @@ fn assert_one_of(found: &[u8], allowed: &[Vec<u8>], context: &str) {
 
 #[test]
 fn every_operation_may_fail_once_and_at_most_clusters_leak() {
-    for seed in 0..4 {
+    for seed in seeds(4) {
         let (below, changes) = (SHAPE.below(), changes(seed));
         let total = {
             let store = Arc::new(FaultStore::new(SHAPE.create()));
             let image = open(store.clone()).unwrap();
             changes.iter().for_each(|one| one.apply_to_image(&image, &*below).unwrap());
             image.flush_all().unwrap();
-            store.changes()
+            store.operations()
         };
         for failing in 0..total {
             let context = format!("seed {seed}, failing operation {failing}");
@@ -76,7 +77,7 @@ fn after_a_failed_sync_the_image_takes_no_more_writes_and_still_reads() {
     let image = open(store.clone()).unwrap();
     let below = SHAPE.below();
     image.write(&*below, GuestOffset::new(1000), &[9; 5000]).unwrap();
-    let next = store.changes();
+    let next = store.operations();
     store.fail(next..next + 1);
     assert!(image.flush().is_err());
     assert!(image.write(&*below, GuestOffset::ZERO, &[1; 10]).is_err());

@@ -1,7 +1,7 @@
 //! Random changes of images whose data is not simply clusters of the file: subclusters, data files, encryption.
 
 use super::*;
-use crate::image::{Companions, Content, GuestCipher, SectorNumbering, SnapshotTree, Tree};
+use crate::image::{Companions, GuestCipher, SectorNumbering};
 use crate::qcow2::encryption::SectorCipher;
 use crate::qcow2::{L2Form, offsets};
 use checker::{Findings, check};
@@ -124,7 +124,7 @@ fn random_changes_of_every_kind_of_image_read_back_and_leave_nothing_to_repair()
     for kind in KINDS {
         for seed in 0..6 {
             let context = format!("seed {seed}, {kind:?}");
-            let mut random = Random(seed);
+            let mut random = Random::new(seed);
             let files = Files::create(kind);
             let below = files.below();
             let mut model = empty_disk(&files);
@@ -149,7 +149,7 @@ fn snapshots_of_subclusters_and_of_encrypted_images_keep_what_they_saw() {
     for kind in KINDS.into_iter().filter(|kind| kind.data == Data::Inside) {
         for seed in 0..4 {
             let context = format!("seed {seed}, {kind:?}");
-            let mut random = Random(seed);
+            let mut random = Random::new(seed);
             let files = Files::create(kind);
             let below = files.below();
             let mut model = empty_disk(&files);
@@ -174,26 +174,10 @@ fn snapshots_of_subclusters_and_of_encrypted_images_keep_what_they_saw() {
             files.assert_holds(&model, &context);
             let image = files.open(Writability::ReadOnly);
             for (tree, moment) in image.snapshots().iter().zip(&moments) {
-                assert_same(&read_tree(&image, tree, &*below), moment, &context);
+                assert_same(&read_snapshot(&image, tree, &*below), moment, &context);
             }
         }
     }
-}
-
-fn read_tree(image: &Image, tree: &SnapshotTree, below: &dyn Below) -> Vec<u8> {
-    let mut disk = vec![0; tree.size() as usize];
-    let mut at = 0;
-    while at < disk.len() {
-        let range = GuestRange::new(GuestOffset::new(at as u64), (disk.len() - at) as u64);
-        let run = image.map(Tree::Snapshot(tree), range).unwrap();
-        let now = &mut disk[at..at + run.len as usize];
-        match run.content {
-            Content::Unallocated { .. } => below.read(range.start, now).unwrap(),
-            content => image.read_content(range.start, content, now).unwrap(),
-        }
-        at += run.len as usize;
-    }
-    disk
 }
 
 #[test]

@@ -3,17 +3,25 @@
 mod checker;
 mod concurrent;
 mod failures;
+mod history;
 mod kinds;
+mod long_cuts;
 mod model;
 mod power_cuts;
+mod qemu;
 mod regressions;
 mod resizing;
+mod stale_pages;
 
 use std::sync::Arc;
 
-use super::{Below, CreateOptions, Image, NewImage, Nothing, Writability, ZeroMode};
+use super::{
+    Below, Content, CreateOptions, Image, NewImage, Nothing, SnapshotTree, Tree, Writability,
+    ZeroMode,
+};
 use crate::error::Result;
 use crate::qcow2::{Geometry, Version};
+use crate::random::Random;
 use crate::store::Store;
 use crate::store::memory::MemoryStore;
 use crate::units::{GuestOffset, GuestRange};
@@ -46,17 +54,6 @@ impl Below for Pattern {
     }
 }
 
-/// A linear congruential generator: tests print their seed and can be replayed.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 =
-            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) % limit
-    }
-}
-
 /// One kind of image.
 #[derive(Debug, Clone, Copy)]
 struct Shape {
@@ -68,6 +65,19 @@ struct Shape {
 }
 
 impl Shape {
+    /// Any kind, but small.
+    fn random(random: &mut Random) -> Self {
+        let cluster_bits = random.pick(&[9, 9, 10, 12, 14, 16]);
+        let (version, refcount_order) = match random.below(3) {
+            0 => (Version::V2, 4),
+            _ => (Version::V3, random.below(7) as u32),
+        };
+        let most = if cluster_bits < 13 { 300 } else { 2000 };
+        let size = 512 * (1 + random.below(most));
+        let backing_len = random.below(3) * random.below(size);
+        Self { version, cluster_bits, refcount_order, size, backing_len }
+    }
+
     fn create(self) -> Vec<u8> {
         let store = MemoryStore::default();
         let options = CreateOptions {
@@ -119,6 +129,22 @@ impl Change {
         }
     }
 
+    /// As [`Self::random`], but on the borders of sectors, as a guest writes.
+    fn of_sectors(random: &mut Random, size: u64) -> Self {
+        let widen = |at: u64, len: u64| (at / 512 * 512, (at % 512 + len).next_multiple_of(512));
+        match Self::random(random, size) {
+            Self::Write { at, len, byte } => {
+                let (at, len) = widen(at, len);
+                Self::Write { at, len, byte }
+            }
+            Self::Zero { at, len, mode } => {
+                let (at, len) = widen(at, len);
+                Self::Zero { at, len, mode }
+            }
+            Self::Flush => Self::Flush,
+        }
+    }
+
     fn apply_to_image(self, image: &Image, below: &dyn Below) -> Result<()> {
         match self {
             Self::Write { at, len, byte } => {
@@ -143,6 +169,22 @@ impl Change {
 fn read_all(image: &Image, below: &dyn Below) -> Vec<u8> {
     let mut disk = vec![0; image.size() as usize];
     image.read_active(below, GuestOffset::ZERO, &mut disk).unwrap();
+    disk
+}
+
+fn read_snapshot(image: &Image, tree: &SnapshotTree, below: &dyn Below) -> Vec<u8> {
+    let mut disk = vec![0; tree.size() as usize];
+    let mut at = 0;
+    while at < disk.len() {
+        let range = GuestRange::new(GuestOffset::new(at as u64), (disk.len() - at) as u64);
+        let run = image.map(Tree::Snapshot(tree), range).unwrap();
+        let now = &mut disk[at..at + run.len as usize];
+        match run.content {
+            Content::Unallocated { .. } => below.read(range.start, now).unwrap(),
+            content => image.read_content(range.start, content, now).unwrap(),
+        }
+        at += run.len as usize;
+    }
     disk
 }
 

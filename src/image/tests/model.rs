@@ -1,6 +1,7 @@
 //! Random changes against a plain vector of bytes.
 
 use super::*;
+use crate::random::seeds;
 use checker::{Findings, check};
 
 const SHAPES: [Shape; 6] = [
@@ -25,9 +26,9 @@ const fn shape(
 #[test]
 fn random_changes_read_back_and_leave_nothing_to_repair() {
     for (number, shape) in SHAPES.into_iter().enumerate() {
-        for seed in 0..6 {
+        for seed in seeds(6) {
             let seed = seed * 100 + number as u64;
-            run(shape, &mut Random(seed), &format!("seed {seed}, {shape:?}"));
+            run(shape, &mut Random::new(seed), &format!("seed {seed}, {shape:?}"));
         }
     }
 }
@@ -54,8 +55,8 @@ fn run(shape: Shape, random: &mut Random, context: &str) {
 
 #[test]
 fn snapshots_keep_what_they_saw_whatever_is_written_later() {
-    for seed in 0..12 {
-        let mut random = Random(seed);
+    for seed in seeds(12) {
+        let mut random = Random::new(seed);
         let shape = SHAPES[[0, 2, 3, 5][seed as usize % 4]];
         let context = format!("seed {seed}, {shape:?}");
         let below = shape.below();
@@ -86,22 +87,6 @@ fn snapshots_keep_what_they_saw_whatever_is_written_later() {
             assert_same(&found, moment, &format!("{context}, {}", tree.entry().name));
         }
     }
-}
-
-fn read_snapshot(image: &Image, tree: &super::super::SnapshotTree, below: &dyn Below) -> Vec<u8> {
-    let mut disk = vec![0; tree.size() as usize];
-    let mut at = 0;
-    while at < disk.len() {
-        let range = GuestRange::new(GuestOffset::new(at as u64), (disk.len() - at) as u64);
-        let run = image.map(super::super::Tree::Snapshot(tree), range).unwrap();
-        let now = &mut disk[at..at + run.len as usize];
-        match run.content {
-            super::super::Content::Unallocated { .. } => below.read(range.start, now).unwrap(),
-            content => image.read_content(range.start, content, now).unwrap(),
-        }
-        at += run.len as usize;
-    }
-    disk
 }
 
 #[test]
@@ -188,7 +173,7 @@ fn a_snapshot_that_claims_to_be_huge_is_mapped_in_few_steps() {
     let (mut at, mut steps) = (0, 0);
     while at < size {
         let range = GuestRange::new(GuestOffset::new(at), size - at);
-        at += image.map(super::super::Tree::Snapshot(snapshot), range).unwrap().len;
+        at += image.map(Tree::Snapshot(snapshot), range).unwrap().len;
         steps += 1;
     }
     assert!(steps <= 2, "{steps} steps");

@@ -22,7 +22,7 @@ fn written() -> (Arc<FaultStore>, Image) {
 }
 
 fn fail_next(store: &FaultStore, skip: u64) {
-    let next = store.changes() + skip;
+    let next = store.operations() + skip;
     store.fail(next..next + 1);
 }
 

@@ -1,7 +1,6 @@
 //! Disks that become smaller and larger.
 
 use super::*;
-use crate::image::{Content, SnapshotTree, Tree};
 use crate::store::fault::{FaultStore, Survivors};
 use checker::{Findings, check};
 
@@ -18,26 +17,10 @@ fn resize(image: &Image, below: &dyn Below, model: &mut Vec<u8>, size: u64) {
     model.resize(image.size() as usize, 0);
 }
 
-fn read_tree(image: &Image, tree: &SnapshotTree, below: &dyn Below) -> Vec<u8> {
-    let mut disk = vec![0; tree.size() as usize];
-    let mut at = 0;
-    while at < disk.len() {
-        let range = GuestRange::new(GuestOffset::new(at as u64), (disk.len() - at) as u64);
-        let run = image.map(Tree::Snapshot(tree), range).unwrap();
-        let now = &mut disk[at..at + run.len as usize];
-        match run.content {
-            Content::Unallocated { .. } => below.read(range.start, now).unwrap(),
-            content => image.read_content(range.start, content, now).unwrap(),
-        }
-        at += run.len as usize;
-    }
-    disk
-}
-
 #[test]
 fn random_sizes_among_writes_keep_what_is_inside_and_bring_nothing_back() {
     for seed in 0..24 {
-        let mut random = Random(seed);
+        let mut random = Random::new(seed);
         let shape = shape([9, 12, 16][seed as usize % 3], [0, 1 << 20][seed as usize / 3 % 2]);
         let context = format!("seed {seed}, {shape:?}");
         let below = shape.below();
@@ -64,7 +47,7 @@ fn random_sizes_among_writes_keep_what_is_inside_and_bring_nothing_back() {
         let image = Image::open(store, Writability::ReadOnly).unwrap();
         assert_same(&read_all(&image, &*below), &model, &context);
         for (tree, moment) in image.snapshots().iter().zip(&moments) {
-            assert_same(&read_tree(&image, tree, &*below), moment, &context);
+            assert_same(&read_snapshot(&image, tree, &*below), moment, &context);
         }
     }
 }
@@ -98,7 +81,7 @@ fn a_power_cut_while_a_disk_shrinks_leaves_it_at_one_size_or_the_other() {
             change.apply_to_model(&mut model);
         }
         image.flush_all().unwrap();
-        let first = store.changes();
+        let first = store.operations();
         store.fail(first + cut..u64::MAX);
         let shrunk = image.shrink(&*below, small);
         for survivors in [Survivors::Nothing, Survivors::All, Survivors::Some(0x1234_5678)] {
