@@ -45,13 +45,22 @@ impl Default for OpenOptions {
     }
 }
 
-/// How many members to open.
+/// How many members to open, and what of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Depth {
-    /// All of them.
+    /// All of them, with what it takes to read them.
     WholeChain,
-    /// The top image only, to look at it: its views lack what shows through.
+    /// All of them, to look at what they are. Neither keys nor data files are needed, and no view can be read.
+    Headers,
+    /// The top image only, to look at it, without key and data file.
     TopOnly,
+}
+
+impl Depth {
+    /// Whether the bytes of the disk are going to be read.
+    pub(super) fn reads_data(self) -> bool {
+        self == Self::WholeChain
+    }
 }
 
 /// What other processes may do with the members of an open chain.
@@ -97,7 +106,7 @@ impl Chain {
             let place = Place { index: members.len(), path: &path };
             let member = open_member(place, store, format, &policy, options).map_err(wrong_file)?;
             next = match member.image() {
-                Some(image) if options.depth == Depth::WholeChain => {
+                Some(image) if options.depth != Depth::TopOnly => {
                     find_backing(&path, image, &policy).at(&path)?
                 }
                 _ => None,
@@ -177,7 +186,7 @@ fn open_data_file(
     options: &OpenOptions,
 ) -> Result<Option<(PathBuf, Arc<dyn Store>)>> {
     let image = place.path;
-    if header.data_place() == DataPlace::Internal || options.depth == Depth::TopOnly {
+    if header.data_place() == DataPlace::Internal || !options.depth.reads_data() {
         return Ok(None);
     }
     let name = header.data_file_name().filter(|name| !name.is_empty()).ok_or_else(|| {

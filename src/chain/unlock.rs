@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::open::{Depth, OpenOptions};
+use super::open::OpenOptions;
 use crate::error::{Error, Problem, Result};
 use crate::image::{GuestCipher, SectorNumbering, read_luks_area};
 use crate::qcow2::Header;
@@ -20,7 +20,7 @@ pub(super) fn unlock(
     path: &Path,
     options: &OpenOptions,
 ) -> Result<Option<GuestCipher>> {
-    if header.crypt_method == CRYPT_NONE || options.depth == Depth::TopOnly {
+    if header.crypt_method == CRYPT_NONE || !options.depth.reads_data() {
         return Ok(None);
     }
     let source = options.secrets.find(index, path);

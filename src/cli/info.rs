@@ -41,7 +41,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     logging::to_stderr();
     let address = arguments.address.as_deref();
     let is_top = address.is_some_and(|text| Address::parse(text).member == MemberChoice::Index(0));
-    let depth = if is_top && !arguments.backing_chain { Depth::TopOnly } else { Depth::WholeChain };
+    let depth = if is_top && !arguments.backing_chain { Depth::TopOnly } else { Depth::Headers };
     let view = arguments.source.open(depth)?.only(address)?;
     let chain = view.chain();
     let first = view.member();

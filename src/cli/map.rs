@@ -8,9 +8,9 @@ use super::report::printable;
 use super::size::hexadecimal;
 use super::views::Source;
 use super::{Output, exit, logging, print};
-use crate::chain::{Depth, Extent, View};
+use crate::chain::{Depth, Extent, Member, View};
 use crate::error::{At, Doing, Result};
-use crate::image::Content;
+use crate::image::{Content, Image};
 use crate::units::HostOffset;
 
 /// Say where the bytes of a view are
@@ -52,8 +52,10 @@ struct Line {
 }
 
 impl Line {
-    fn new(extent: &Extent, top: usize) -> Self {
+    fn new(extent: &Extent, view: &View) -> Self {
         let place = match extent.content {
+            // What is there is not what the disk holds.
+            _ if member_of(extent, view).image().is_some_and(Image::is_encrypted) => None,
             Content::Data(place) => Some(place),
             Content::Zero { kept } | Content::Unallocated { kept } => kept,
             Content::Compressed { .. } => None,
@@ -62,7 +64,7 @@ impl Line {
         Self {
             start: extent.range.start.get(),
             len: extent.range.len,
-            depth: extent.member - top,
+            depth: extent.member - view.member(),
             present: !extent.content.is_unallocated(),
             zero: extent.is_zero(),
             data: !extent.is_zero(),
@@ -95,13 +97,17 @@ impl Line {
     }
 }
 
+fn member_of<'a>(extent: &Extent, view: &'a View) -> &'a Member {
+    &view.chain().members()[extent.member]
+}
+
 /// Calls `f` with each line, neighbours that say the same made one.
 fn for_each_line(view: &View, mut f: impl FnMut(&Line) -> Result<()>) -> Result<()> {
     let mut last: Option<Line> = None;
     let mut preallocated = HashMap::new();
     for extent in view.extents(view.range()) {
         let extent = extent?;
-        let mut rest = Line::new(&extent, view.member());
+        let mut rest = Line::new(&extent, view);
         while rest.len > 0 {
             let line = first_part(view, &mut preallocated, &rest)?;
             rest.start += line.len;
@@ -158,7 +164,7 @@ fn print_json(view: &View) -> Result<()> {
     print(if before == "[" { "[]\n" } else { "]\n" })
 }
 
-/// Only what is data, with its place; compressed clusters have none that a reader could use.
+/// Only what is data, with its place; compressed and encrypted clusters have none that a reader could use.
 fn print_human(view: &View) -> Result<()> {
     print(&format!("{:<16}{:<16}{:<16}File\n", "Offset", "Length", "Mapped to"))?;
     for_each_line(view, |line| {
@@ -166,7 +172,8 @@ fn print_human(view: &View) -> Result<()> {
             return Ok(());
         }
         let member = &view.chain().members()[view.member() + line.depth];
-        let offset = line.offset.map_or("compressed".to_owned(), hexadecimal);
+        let hidden = if line.compressed { "compressed" } else { "encrypted" };
+        let offset = line.offset.map_or(hidden.to_owned(), hexadecimal);
         let (start, len) = (hexadecimal(line.start), hexadecimal(line.len));
         let file = printable(&member.data_path().display().to_string());
         print(&format!("{start:<16}{len:<16}{offset:<16}{file}\n"))

@@ -116,6 +116,11 @@ impl Image {
         &*self.data
     }
 
+    /// Whether guest data is encrypted, so that the bytes of the file are not those of the disk.
+    pub fn is_encrypted(&self) -> bool {
+        !matches!(self.encryption, Encryption::None)
+    }
+
     /// The internal snapshots in the order of the table.
     pub fn snapshots(&self) -> Vec<Arc<SnapshotTree>> {
         self.snapshots.read().unwrap_or_else(PoisonError::into_inner).clone()

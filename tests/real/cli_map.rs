@@ -1,5 +1,6 @@
 //! `qchainfs map` says what `qemu-img map` says.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
@@ -17,11 +18,16 @@ fn parse(text: &str) -> Value {
 }
 
 /// The machine's form.
-pub(crate) fn json_is_that_of_qemu(image: &Path) {
+fn json_is_that_of_qemu(image: &Path) {
     File::open(image).expect("open").sync_all().expect("sync");
-    let words = args!["map", "--output=json", image];
-    let expected = parse(&run("qemu-img", &words));
-    let found = parse(&qchainfs(&words).ok());
+    json_is_the_same(&args![image], &args![image]);
+}
+
+/// The machine's form, of an image that is described to each program by words of its own.
+pub(crate) fn json_is_the_same(theirs: &[OsString], ours: &[OsString]) {
+    let words = |image: &[OsString]| [&args!["map", "--output=json"], image].concat();
+    let expected = parse(&run("qemu-img", &words(theirs)));
+    let found = parse(&qchainfs(&words(ours)).ok());
     let extents = |value: &Value| value.as_array().expect("a list").clone();
     for (expected, found) in extents(&expected).iter().zip(&extents(&found)) {
         assert_eq!(expected, found, "the first extent that differs");

@@ -4,6 +4,8 @@ use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::cli_info::{says_what_qemu_says, settle};
+use crate::cli_map::json_is_the_same;
 use crate::support::M;
 use crate::support::images::{Images, Untouched, paint};
 use crate::support::mounted::Mounted;
@@ -98,6 +100,41 @@ fn without_the_right_key_no_byte_is_served() {
     Mounted::refused(&with_secret(images.path("no-such-file")), &image, 10);
     // Looking at it needs no key.
     assert!(qchainfs(&args!["info", image]).ok().contains("encrypted: yes"));
+}
+
+#[test]
+fn looking_at_a_chain_needs_neither_keys_nor_data_files() {
+    let images = Images::new();
+    encrypted(&images, "base.qcow2", "right", LUKS);
+    let top = images.path("top.qcow2");
+    let data = images.path("top.data");
+    let options = format!("data_file={}", data.display());
+    let create = args!["create", "-q", "-u", "-f", "qcow2", "-o", options];
+    run("qemu-img", &[&create[..], &args!["-b", "base.qcow2", "-F", "qcow2", top, "2M"]].concat());
+    fs::remove_file(data).expect("remove the data file");
+    for file in [&top, &images.path("base.qcow2")] {
+        settle(file);
+    }
+    says_what_qemu_says(&args!["--backing-chain", top]);
+    let mut below = top.clone().into_os_string();
+    below.push("[1]");
+    assert!(qchainfs(&args!["info", below]).ok().contains("encrypted: yes"));
+    qchainfs(&args!["map", top]).fails(10);
+}
+
+#[test]
+fn the_map_of_an_encrypted_image_names_no_places_where_its_bytes_could_be_read() {
+    let images = Images::new();
+    let key = key_file(&images, "key", "right");
+    for options in [LUKS, "encrypt.format=aes"] {
+        let (image, _) = encrypted(&images, "disk.qcow2", "right", options);
+        let option = format!("secret={}", key.display());
+        let said = qchainfs(&args!["map", "-o", option, image]).ok();
+        assert!(said.lines().skip(1).all(|line| line.contains("encrypted")), "{said}");
+        let theirs = args!["--object", secret("right"), "--image-opts", open_options(&image)];
+        json_is_the_same(&theirs, &args!["-o", option, image]);
+        fs::remove_file(image).expect("make room for the next");
+    }
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 mod build;
 mod compare;
+mod keys;
 mod shape;
 
 use std::thread::{self, ScopedJoinHandle};

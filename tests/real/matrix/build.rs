@@ -1,24 +1,25 @@
 //! Makes the images of the matrix, and remembers what QEMU read from them at each moment.
 
-use std::ffi::OsString;
 use std::fs::{self, File};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use super::keys::{Key, Opening};
 use super::shape::Dimension::{
-    Below, Cluster, Compression, Data, Erased, L2, Length, Preallocation, Refcount, Snapshots,
-    Version,
+    Below, Cluster, Compression, Data, Encryption, Erased, L2, Length, Preallocation, Refcount,
+    Snapshots, Version,
 };
 use super::shape::Shape;
-use crate::support::images::{Images, format_of, poke, snapshot};
-use crate::support::oracle::bytes_of;
+use crate::support::images::{Images, format_of, poke};
+use crate::support::oracle::converted;
 use crate::support::random::Random;
 use crate::support::tools::{args, run};
 use crate::support::{K, M, index};
 
 /// A member of a chain of the matrix.
 pub struct Member {
-    pub path: PathBuf,
+    /// How QEMU opens it.
+    pub opening: Opening,
     /// What it is like, if it is a qcow2 image.
     pub shape: Option<Shape>,
     /// All files that belong to it.
@@ -30,6 +31,10 @@ pub struct Member {
 }
 
 impl Member {
+    pub fn path(&self) -> &Path {
+        self.opening.path()
+    }
+
     /// Bytes in a cluster, or in a block of a raw file's file system.
     pub fn cluster(&self) -> u64 {
         self.shape.as_ref().map_or(4 * K, cluster)
@@ -87,15 +92,18 @@ impl<'a> Workshop<'a> {
         let path = self.images.raw("0.raw", &[]);
         let len = M + self.random.below(3 * M);
         File::options().write(true).open(&path).and_then(|f| f.set_len(len)).expect("lengthen");
-        let mut painter = Painter { image: &path, random: self.random, patterns: &self.patterns };
-        painter.paint(len, "not");
-        let bytes = bytes_of(&path);
-        Member { files: vec![path.clone()], path, shape: None, bytes, snapshots: Vec::new() }
+        let opening = Opening::new(&path, None, None);
+        self.painter(&opening).paint(len, "not");
+        let bytes = bytes_of(&opening);
+        Member { files: vec![path], opening, shape: None, bytes, snapshots: Vec::new() }
     }
 
     fn member(&mut self, shape: &Shape, below: Option<&Member>, number: usize) -> Member {
         let path = self.images.path(&format!("{number}.qcow2"));
         let size = self.size(shape, below.map(|below| below.bytes.len() as u64));
+        let key = (shape[Encryption] != "none")
+            .then(|| Key::make(self.images.path(&format!("key-{number}"))));
+        let image = &Opening::new(&path, key.clone(), below.map(|below| &below.opening));
         let mut options = options_of(shape);
         let mut files = vec![path.clone()];
         if shape[Data] != "inside" {
@@ -104,22 +112,35 @@ impl<'a> Workshop<'a> {
             options += &format!(",data_file_raw={raw},data_file={}", data.display());
             files.push(data);
         }
+        if let Some(key) = &key {
+            options += &format!(",{},encrypt.key-secret={}", self.cipher(shape), key.id());
+        }
+        create(image, size, &options, below);
         if shape[Compression].ends_with("convert") {
             let source = self.images.path("source.qcow2");
-            create(&source, size, "compat=1.1", backing("-b", below));
-            self.painter(&source).paint(size, shape[Erased]);
-            let words = args!["convert", "-c", "-f", "qcow2", "-O", "qcow2", "-o", options];
-            run("qemu-img", &[&words[..], &backing("-B", below), &args![source, path]].concat());
-        } else {
-            create(&path, size, &options, backing("-b", below));
-            if shape[Compression] != "none" {
-                self.painter(&path).compress(size, cluster(shape));
-            }
+            let source = &Opening::new(&source, None, below.map(|below| &below.opening));
+            create(source, size, "compat=1.1", below);
+            self.painter(source).paint(size, shape[Erased]);
+            let base = below.map_or(Vec::new(), |below| args!["-B", below.path()].to_vec());
+            let words = [&args!["convert", "-n", "-c", "--target-image-opts"][..], &base].concat();
+            source.img(&words, &args![image.options()]);
+        } else if shape[Compression] != "none" {
+            self.painter(image).compress(size, cluster(shape));
         }
-        self.painter(&path).paint(size, shape[Erased]);
-        let snapshots = self.snapshots(shape, &path, size);
-        let bytes = bytes_of(&path);
-        Member { path, shape: Some(shape.clone()), files, bytes, snapshots }
+        self.painter(image).paint(size, shape[Erased]);
+        let snapshots = self.snapshots(shape, image, size);
+        let bytes = bytes_of(image);
+        Member { opening: image.clone(), shape: Some(shape.clone()), files, bytes, snapshots }
+    }
+
+    /// Options for a cipher. That of LUKS is drawn and no dimension, since QEMU measures the speed of the host for
+    /// seconds before it makes such an image.
+    fn cipher(&mut self, shape: &Shape) -> String {
+        let options = match shape[Encryption] {
+            "luks" => self.random.pick(LUKS),
+            _ => "",
+        };
+        format!("encrypt.format={}{options}", shape[Encryption])
     }
 
     /// The size of a disk over one of `below` bytes.
@@ -143,7 +164,7 @@ impl<'a> Workshop<'a> {
     fn snapshots(
         &mut self,
         shape: &Shape,
-        image: &Path,
+        image: &Opening,
         size: u64,
     ) -> Vec<(&'static str, Vec<u8>)> {
         let mut taken = Vec::new();
@@ -177,10 +198,20 @@ impl<'a> Workshop<'a> {
         taken
     }
 
-    fn painter<'b>(&'b mut self, image: &'b Path) -> Painter<'b> {
+    fn painter<'b>(&'b mut self, image: &'b Opening) -> Painter<'b> {
         Painter { image, random: self.random, patterns: &self.patterns }
     }
 }
+
+/// What the ciphers of LUKS images are.
+const LUKS: &[&str] = &[
+    ",encrypt.iter-time=10",
+    ",encrypt.iter-time=10,encrypt.cipher-alg=aes-128,encrypt.cipher-mode=cbc,\
+     encrypt.ivgen-alg=essiv,encrypt.ivgen-hash-alg=sha256",
+    ",encrypt.iter-time=10,encrypt.cipher-alg=serpent-256,encrypt.hash-alg=sha512",
+    ",encrypt.iter-time=10,encrypt.cipher-alg=twofish-128,encrypt.cipher-mode=ctr,\
+     encrypt.ivgen-alg=plain",
+];
 
 /// What `qemu-img -o` is told about the file itself.
 fn options_of(shape: &Shape) -> String {
@@ -196,36 +227,42 @@ fn options_of(shape: &Shape) -> String {
     )
 }
 
-fn backing(option: &str, below: Option<&Member>) -> Vec<OsString> {
-    below.map_or(Vec::new(), |below| {
-        args![option, below.path, "-F", format_of(&below.path)].to_vec()
-    })
-}
-
-fn create(image: &Path, size: u64, options: &str, backing: Vec<OsString>) {
+fn create(image: &Opening, size: u64, options: &str, below: Option<&Member>) {
     let words = args!["create", "-q", "-f", "qcow2", "-o", options];
-    run("qemu-img", &[&words[..], &backing, &args![image, size.to_string()]].concat());
+    let backing = below.map_or(Vec::new(), |below| {
+        args!["-b", below.path(), "-F", format_of(below.path())].to_vec()
+    });
+    let place = args![image.path(), size.to_string()];
+    run("qemu-img", &[&words[..], &image.objects(), &backing, &place].concat());
 }
 
-fn resize(image: &Path, size: u64) {
-    let size = size.to_string();
-    run("qemu-img", &args!["resize", "-q", "-f", "qcow2", "--shrink", image, size]);
+fn resize(image: &Opening, size: u64) {
+    image.img(&args!["resize", "-q", "--shrink"], &args![size.to_string()]);
+}
+
+fn snapshot(image: &Opening, name: &str) {
+    image.img(&args!["snapshot", "-c", name], &[]);
+}
+
+/// What QEMU reads.
+fn bytes_of(image: &Opening) -> Vec<u8> {
+    converted(&image.words())
 }
 
 /// Gives an image a snapshot like that of a running machine, whose state lies behind the disk where
 /// no L2 table of the disk reaches.
-fn with_vm_state(shape: &Shape, image: &Path, size: u64) -> Vec<u8> {
+fn with_vm_state(shape: &Shape, image: &Opening, size: u64) -> Vec<u8> {
     let cluster = cluster(shape);
     let entry_len = if shape[L2] == "on" { 16 } else { 8 };
     let state = size.next_multiple_of(cluster / entry_len * cluster);
     let state_len = cluster + 512;
     let disk = bytes_of(image);
     resize(image, state + state_len);
-    let write = format!("write -P 0xee {state} {state_len}");
-    run("qemu-io", &args!["-f", "qcow2", "-c", write, image]);
+    io(image, &[format!("write -P 0xee {state} {state_len}")]);
     snapshot(image, "with VM state");
     resize(image, size);
 
+    let image = image.path();
     let file = fs::read(image).expect("read an image");
     let number = |at: usize| u64::from_be_bytes(file[at..at + 8].try_into().expect("eight bytes"));
     let entry = number(64);
@@ -248,9 +285,17 @@ fn compressible(noise: &[u8], random: &mut Random) -> Vec<u8> {
     bytes
 }
 
+fn io(image: &Opening, commands: &[String]) {
+    let mut words = args!["-d", "unmap"].to_vec();
+    words.extend(image.objects());
+    words.extend(commands.iter().flat_map(|command| args!["-c", command]));
+    words.extend(image.image());
+    run("qemu-io", &words);
+}
+
 /// Writes to an image by QEMU.
 struct Painter<'a> {
-    image: &'a Path,
+    image: &'a Opening,
     random: &'a mut Random,
     patterns: &'a [PathBuf],
 }
@@ -268,7 +313,7 @@ impl Painter<'_> {
             commands.push(format!("write -c -s {pattern} {at} {len}"));
             at += len + cluster * self.random.below(step);
         }
-        self.io(&commands);
+        io(self.image, &commands);
     }
 
     /// Writes runs of bytes, erases some and writes again.
@@ -283,17 +328,10 @@ impl Painter<'_> {
                 _ => format!("write -s {} {offset} {len}", self.pattern(0..8)),
             });
         }
-        self.io(&commands);
+        io(self.image, &commands);
     }
 
     fn pattern(&mut self, among: Range<usize>) -> String {
         self.random.pick(&self.patterns[among].iter().collect::<Vec<_>>()).display().to_string()
-    }
-
-    fn io(&self, commands: &[String]) {
-        let mut words = args!["-d", "unmap", "-f", format_of(self.image)].to_vec();
-        words.extend(commands.iter().flat_map(|command| args!["-c", command]));
-        words.extend(args![self.image]);
-        run("qemu-io", &words);
     }
 }

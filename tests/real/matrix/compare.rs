@@ -6,8 +6,9 @@ use qchainfs::chain::{Chain, OpenOptions, View};
 use qchainfs::units::GuestOffset;
 
 use super::build::Member;
+use super::keys::{options, secrets};
 use crate::cli_info::{says_what_qemu_says, settle};
-use crate::cli_map::json_is_that_of_qemu;
+use crate::cli_map::json_is_the_same;
 use crate::support::index;
 use crate::support::mounted::Mounted;
 use crate::support::oracle::{holds, same};
@@ -16,7 +17,10 @@ use crate::support::tools::args;
 
 /// All views, read by the library; gives their number.
 pub fn in_process(members: &[Member], random: &mut Random) -> usize {
-    let opened = Chain::open(&members[0].path, &OpenOptions::default());
+    let opened = Chain::open(
+        members[0].path(),
+        &OpenOptions { secrets: secrets(members), ..OpenOptions::default() },
+    );
     let chain = Arc::new(opened.unwrap_or_else(|error| panic!("open: {error}")));
     assert_eq!(chain.members().len(), members.len());
     let mut count = 0;
@@ -80,7 +84,7 @@ fn reads_as(what: &str, view: &View, expected: &[u8], borders: &[u64], random: &
 
 /// All views, read through a mount.
 pub fn mounted(members: &[Member]) {
-    let mounted = Mounted::read_only(&members[0].path);
+    let mounted = Mounted::with(&[&args!["-r"][..], &options(members)].concat(), members[0].path());
     holds(&mounted.disk(), &members[0].bytes);
     for (number, member) in members.iter().enumerate() {
         let directory = mounted.path(&format!("chain/{number}"));
@@ -97,9 +101,12 @@ pub fn described(members: &[Member]) {
     for file in members.iter().flat_map(|member| &member.files) {
         settle(file);
     }
-    says_what_qemu_says(&args!["--backing-chain", members[0].path]);
+    says_what_qemu_says(&args!["--backing-chain", members[0].path()]);
     for member in members.iter().filter(|member| member.shape.is_some()) {
-        says_what_qemu_says(&args![member.path]);
-        json_is_that_of_qemu(&member.path);
+        says_what_qemu_says(&args![member.path()]);
+        json_is_the_same(
+            &member.opening.words(),
+            &[options(members), args![member.path()].to_vec()].concat(),
+        );
     }
 }

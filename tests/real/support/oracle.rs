@@ -1,5 +1,6 @@
 //! What QEMU reads, and whether a view holds the same.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
@@ -13,18 +14,21 @@ use super::tools::{args, run};
 /// Every byte of `image`, through its backing files.
 #[track_caller]
 pub fn bytes_of(image: &Path) -> Vec<u8> {
-    let dir = TempDir::with_prefix("qchainfs-oracle-").expect("make a directory");
-    let raw = dir.path().join("raw");
-    run("qemu-img", &args!["convert", "-U", "-f", format_of(image), "-O", "raw", image, raw]);
-    fs::read(&raw).expect("read what qemu-img wrote")
+    converted(&args!["-f", format_of(image), image])
 }
 
 /// Every byte of a snapshot, up to the size of the active disk: QEMU knows no other.
 #[track_caller]
 pub fn bytes_of_snapshot(image: &Path, snapshot: &str) -> Vec<u8> {
+    converted(&args!["-l", snapshot, image])
+}
+
+/// What `qemu-img convert` makes of an image that is described by `words`.
+#[track_caller]
+pub fn converted(words: &[OsString]) -> Vec<u8> {
     let dir = TempDir::with_prefix("qchainfs-oracle-").expect("make a directory");
     let raw = dir.path().join("raw");
-    run("qemu-img", &args!["convert", "-U", "-l", snapshot, "-O", "raw", image, raw]);
+    run("qemu-img", &[&args!["convert", "-U", "-O", "raw"], words, &args![raw]].concat());
     fs::read(&raw).expect("read what qemu-img wrote")
 }
 
