@@ -66,6 +66,13 @@ impl Store for Bytes {
         Ok(())
     }
 
+    fn reserve(&self, offset: HostOffset, len: u64) -> io::Result<()> {
+        match offset.get().checked_add(len) {
+            Some(end) if end <= MAX_LEN => Ok(()),
+            _ => Err(io::ErrorKind::StorageFull.into()),
+        }
+    }
+
     fn next_data(&self, from: HostOffset) -> io::Result<Option<Range<u64>>> {
         let len = self.len()?;
         Ok((from.get() < len).then(|| from.get()..len))

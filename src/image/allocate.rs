@@ -104,10 +104,27 @@ impl Allocator {
     pub fn allocate_table(&mut self, pages: &mut Pages, store: &dyn Store) -> Result<Allocation> {
         let allocation = self.allocate(pages, store, 1)?;
         if let Allocation::Run(run) = allocation {
+            self.reserve(pages, store, run)?;
             self.layout.claim(run.start, self.geometry.cluster_size(), Owner::ActiveL2)?;
             pages.forget(run.start, self.geometry.cluster_size());
         }
         Ok(allocation)
+    }
+
+    /// Makes sure that a full disk is found out now, while it is an ordinary error, and not by a flush. Takes `clusters`
+    /// back if it is.
+    pub fn reserve(
+        &mut self,
+        pages: &mut Pages,
+        store: &dyn Store,
+        clusters: Clusters,
+    ) -> Result<()> {
+        let len = clusters.count * self.geometry.cluster_size();
+        let reserved = store.reserve(clusters.start, len).doing("find space for its metadata");
+        if reserved.is_err() {
+            self.take_back(pages, store, clusters)?;
+        }
+        reserved
     }
 
     /// Takes back clusters that nothing has pointed to yet.
@@ -307,6 +324,7 @@ impl Allocator {
         let cluster_size = self.geometry.cluster_size();
         self.layout.check_data(host, cluster_size)?;
         self.grow_file(store, host.get() + cluster_size)?;
+        store.reserve(host, cluster_size).doing("find space for its refcounts")?;
         self.layout.claim(host, cluster_size, Owner::RefcountBlock)?;
         pages.forget(host, cluster_size);
         for page in (0..cluster_size).step_by(pages.page_size() as usize) {
@@ -341,6 +359,17 @@ impl Allocator {
             }
             entries = first_block + blocks;
         }
+    }
+
+    /// Makes sure that there is space for a longer table and its blocks.
+    ///
+    /// # Errors
+    /// No space; nothing has changed but the length of the file.
+    pub fn reserve_longer_table(&mut self, store: &dyn Store, place: &LongerTable) -> Result<()> {
+        let first = self.host(place.first_block * self.geometry.refcounts_per_block());
+        let len = (place.blocks + place.table_clusters) * self.geometry.cluster_size();
+        self.grow_file(store, first.get() + len)?;
+        store.reserve(first, len).doing("find space for a longer refcount table")
     }
 
     /// Writes a longer refcount table and the blocks that describe it, and makes them durable. The header still names

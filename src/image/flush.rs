@@ -130,6 +130,7 @@ impl Image {
             return Ok(());
         }
         let place = allocator.plan_longer_table()?;
+        allocator.reserve_longer_table(store, &place)?;
         let table = self.closing_on_error(allocator.write_longer_table(pages, store, &place))?;
         let clusters = self.geometry.clusters(table.byte_len()) as u32;
         let mut field = table.offset().get().to_be_bytes().to_vec();

@@ -175,7 +175,11 @@ impl Image {
         for fragment in fragments {
             self.take_back(fragment)?;
         }
-        found
+        let found = found?;
+        let mut metadata = self.metadata();
+        let (allocator, pages) = metadata.writer()?;
+        allocator.reserve(pages, &*self.store, found)?;
+        Ok(found)
     }
 
     /// Allocates between 1 and `wanted` neighbouring clusters.

@@ -38,6 +38,10 @@ impl Store for Absent {
         not_open()
     }
 
+    fn reserve(&self, _offset: HostOffset, _len: u64) -> io::Result<()> {
+        not_open()
+    }
+
     fn next_data(&self, _from: HostOffset) -> io::Result<Option<Range<u64>>> {
         not_open()
     }

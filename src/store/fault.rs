@@ -218,6 +218,10 @@ impl Store for FaultStore {
         self.change(Change::Punch { offset: offset.get(), len })
     }
 
+    fn reserve(&self, _offset: HostOffset, _len: u64) -> io::Result<()> {
+        self.begin(Operation::Change)
+    }
+
     fn next_data(&self, from: HostOffset) -> io::Result<Option<Range<u64>>> {
         self.live.next_data(from)
     }

@@ -178,6 +178,16 @@ impl Store for FileStore {
         }
     }
 
+    fn reserve(&self, offset: HostOffset, len: u64) -> io::Result<()> {
+        let too_large = |_| io::Error::from(ErrorKind::FileTooLarge);
+        let start = i64::try_from(offset.get()).map_err(too_large)?;
+        let len = i64::try_from(len).map_err(too_large)?;
+        match fallocate(&self.file, FallocateFlags::FALLOC_FL_KEEP_SIZE, start, len) {
+            Err(nix::Error::EOPNOTSUPP) => Ok(()),
+            result => Ok(result?),
+        }
+    }
+
     fn next_data(&self, from: HostOffset) -> io::Result<Option<Range<u64>>> {
         let len = self.len()?;
         let Ok(position) = i64::try_from(from.get()) else { return Ok(None) };

@@ -77,6 +77,10 @@ impl Store for MemoryStore {
         Ok(())
     }
 
+    fn reserve(&self, _offset: HostOffset, _len: u64) -> io::Result<()> {
+        Ok(())
+    }
+
     fn next_data(&self, from: HostOffset) -> io::Result<Option<Range<u64>>> {
         let len = self.len()?;
         Ok((from.get() < len).then(|| from.get()..len))

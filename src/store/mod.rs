@@ -58,6 +58,12 @@ pub trait Store: Send + Sync {
     /// A failing write.
     fn punch_hole(&self, offset: HostOffset, len: u64) -> io::Result<()>;
 
+    /// Makes sure that later writes to a range find space, where the file system can.
+    ///
+    /// # Errors
+    /// No space.
+    fn reserve(&self, offset: HostOffset, len: u64) -> io::Result<()>;
+
     /// The first run of bytes at or behind `from` that may hold data, or `None` if only a hole follows.
     ///
     /// A store that can't tell answers "all of it".

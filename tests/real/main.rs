@@ -14,6 +14,7 @@ mod compressed;
 mod direct;
 mod encryption;
 mod encryption_floor;
+mod full_disk;
 mod helper;
 mod killed;
 mod locks;

@@ -97,6 +97,13 @@ impl FileSystem {
         Self::mount_by(&args!["-t", "tmpfs", "tmpfs"])
     }
 
+    /// A new one in memory with room for `bytes`.
+    #[track_caller]
+    pub fn with_room_for(bytes: u64) -> Self {
+        let size = format!("size={bytes}");
+        Self::mount_by(&args!["-t", "tmpfs", "-o", size, "tmpfs"])
+    }
+
     fn mount_by(words: &[OsString]) -> Self {
         need_mounting();
         let dir = TempDir::with_prefix("qchainfs-inner-").expect("make a mountpoint");
