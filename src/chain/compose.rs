@@ -91,7 +91,7 @@ impl Chain {
             return Err(Error::usage("a chain has at least one file"));
         }
         members.reverse();
-        Ok(Self { members })
+        Ok(Self::new(members))
     }
 }
 

@@ -59,21 +59,37 @@ impl View {
         }
     }
 
+    /// [`Self::extent`] at the same cost whatever the depth of the chain. For ranges that are read: longer ones may be cut
+    /// where the map's pieces end, and of what reads as zero it may tell another reason.
+    pub(super) fn look_up(&self, range: GuestRange) -> Result<Extent> {
+        let Some(map) = self.map() else { return self.look_up_active(range) };
+        let resolved = self.chain().resolved().extent(self, map, range);
+        resolved.map_or_else(|| self.extent(range), Ok)
+    }
+
+    /// [`Self::look_up`] of the active layer, which may change, while what lies below it does not.
+    fn look_up_active(&self, range: GuestRange) -> Result<Extent> {
+        let member = &self.chain().members()[self.member()];
+        let run = member.map(self.tree(), range).at(member.path())?;
+        let own = GuestRange::new(range.start, run.len);
+        let shows_through = run.content.is_unallocated();
+        match self.chain().view(self.member() + 1) {
+            Ok(below) if shows_through && own.start.get() < below.size() => {
+                let len = own.len.min(below.size() - own.start.get());
+                below.look_up(GuestRange::new(own.start, len))
+            }
+            _ => Ok(Extent { range: own, member: self.member(), content: run.content }),
+        }
+    }
+
     /// All extents of `range` in order, neighbours of one kind not merged.
     pub fn extents(&self, range: GuestRange) -> impl Iterator<Item = Result<Extent>> {
-        let mut at = range.start;
-        std::iter::from_fn(move || {
-            let rest = GuestRange::new(at, range.end() - at);
-            if rest.is_empty() {
-                return None;
-            }
-            let extent = self.extent(rest);
-            at = match &extent {
-                Ok(extent) => extent.range.end(),
-                Err(_) => range.end(),
-            };
-            Some(extent)
-        })
+        one_by_one(range, |rest| self.extent(rest))
+    }
+
+    /// [`Self::extents`], by [`Self::look_up`].
+    pub(super) fn look_up_all(&self, range: GuestRange) -> impl Iterator<Item = Result<Extent>> {
+        one_by_one(range, |rest| self.look_up(rest))
     }
 
     /// The first byte at or behind `from` that is not known to be zero.
@@ -122,4 +138,24 @@ impl View {
         }
         Ok(sum)
     }
+}
+
+/// The extents of `range`, as `first` finds the first of what is left.
+fn one_by_one(
+    range: GuestRange,
+    first: impl Fn(GuestRange) -> Result<Extent>,
+) -> impl Iterator<Item = Result<Extent>> {
+    let mut at = range.start;
+    std::iter::from_fn(move || {
+        let rest = GuestRange::new(at, range.end() - at);
+        if rest.is_empty() {
+            return None;
+        }
+        let extent = first(rest);
+        at = match &extent {
+            Ok(extent) => extent.range.end(),
+            Err(_) => range.end(),
+        };
+        Some(extent)
+    })
 }

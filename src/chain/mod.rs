@@ -8,6 +8,7 @@ mod extents;
 mod member;
 mod open;
 mod policy;
+mod resolved;
 mod secrets;
 mod unlock;
 mod view;
@@ -25,15 +26,25 @@ pub use view::View;
 
 use std::sync::Arc;
 
+use self::resolved::ResolvedMaps;
 use crate::error::{Error, Problem, Result};
 use crate::image::{Image, SnapshotTree};
 
 /// An open chain. It has at least one member.
 pub struct Chain {
     members: Vec<Member>,
+    resolved: ResolvedMaps,
 }
 
 impl Chain {
+    fn new(members: Vec<Member>) -> Self {
+        Self { resolved: ResolvedMaps::new(members.len()), members }
+    }
+
+    fn resolved(&self) -> &ResolvedMaps {
+        &self.resolved
+    }
+
     /// All members; index 0 is the active layer.
     pub fn members(&self) -> &[Member] {
         &self.members
@@ -46,7 +57,7 @@ impl Chain {
     pub fn from_member(mut self, index: usize) -> Result<Self> {
         self.check_member(index)?;
         self.members.drain(..index);
-        Ok(self)
+        Ok(Self::new(self.members))
     }
 
     /// Whether the active layer takes writes.

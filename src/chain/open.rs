@@ -113,7 +113,7 @@ impl Chain {
             };
             members.push(member);
         }
-        Ok(Self { members })
+        Ok(Self::new(members))
     }
 }
 

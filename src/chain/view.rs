@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::Chain;
+use super::resolved::{MapId, ResolvedMaps};
 use crate::error::{At, Doing, Error, Problem, Result};
 use crate::image::{Below, Image, RangeGuard, SnapshotTree, Tree, ZeroMode};
 use crate::units::{GuestOffset, GuestRange};
@@ -14,6 +15,8 @@ pub struct View {
     chain: Arc<Chain>,
     member: usize,
     snapshot: Option<Arc<SnapshotTree>>,
+    /// Where its resolved map is kept, if it can't change.
+    map: Option<MapId>,
 }
 
 impl View {
@@ -22,7 +25,12 @@ impl View {
         member: usize,
         snapshot: Option<Arc<SnapshotTree>>,
     ) -> Self {
-        Self { chain, member, snapshot }
+        let map = match &snapshot {
+            Some(_) => Some(chain.resolved().of_another()),
+            None if member == 0 && chain.is_writable() => None,
+            None => Some(ResolvedMaps::of_member(member)),
+        };
+        Self { chain, member, snapshot, map }
     }
 
     /// The chain that the view belongs to.
@@ -94,7 +102,7 @@ impl View {
         behind.fill(0);
         let range = GuestRange::new(offset, buf.len() as u64);
         let _mapping = self.keep_mapping(range);
-        for extent in self.extents(range) {
+        for extent in self.look_up_all(range) {
             let extent = extent?;
             let (now, rest) = buf.split_at_mut(extent.range.len as usize);
             let member = &self.chain.members()[extent.member];
@@ -154,6 +162,11 @@ impl View {
         self.writable_image().ok().map(|image| image.keep_mapping(range))
     }
 
+    /// Where its resolved map is kept, if it can't change.
+    pub(super) fn map(&self) -> Option<MapId> {
+        self.map
+    }
+
     pub(super) fn tree(&self) -> Tree<'_> {
         match &self.snapshot {
             Some(snapshot) => Tree::Snapshot(snapshot),
@@ -187,7 +200,7 @@ impl Below for Backing<'_> {
     fn is_zero(&self, range: GuestRange) -> Result<bool> {
         let Some(view) = self.view() else { return Ok(true) };
         let len = range.end().get().min(view.size()).saturating_sub(range.start.get());
-        for extent in view.extents(GuestRange::new(range.start, len)) {
+        for extent in view.look_up_all(GuestRange::new(range.start, len)) {
             if !extent?.is_zero() {
                 return Ok(false);
             }

@@ -13,6 +13,9 @@ use crate::store::Store;
 /// Bytes of decompressed clusters that an image keeps at most.
 const CAPACITY_BYTES: u64 = 8 << 20;
 
+/// What is decompressed of a cluster is a multiple of this.
+const GRAIN: usize = 4096;
+
 /// The decompressed clusters of one image.
 ///
 /// Compressed clusters are never overwritten while anything points to them, so that what is here stays true.
@@ -32,19 +35,29 @@ impl Decompressed {
         Self { compression, cluster_size: cluster_size as usize, clusters: Mutex::new(clusters) }
     }
 
-    /// The bytes of `cluster`, whose compressed form is in `store`.
+    /// At least the first `len` bytes of `cluster`, whose compressed form is in `store`.
+    ///
+    /// Somebody who reads here and there gets no more than that; who comes back for more gets it all.
     ///
     /// # Errors
     /// Failing reads; data that does not decompress to a whole cluster is corruption.
-    pub fn get(&self, store: &dyn Store, cluster: CompressedCluster) -> Result<Arc<[u8]>> {
+    pub fn get(
+        &self,
+        store: &dyn Store,
+        cluster: CompressedCluster,
+        len: usize,
+    ) -> Result<Arc<[u8]>> {
         let lock = || self.clusters.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(bytes) = lock().get(&cluster) {
-            return Ok(bytes.clone());
-        }
+        let known = lock().get(&cluster).cloned();
+        let len = match known {
+            Some(bytes) if bytes.len() >= len => return Ok(bytes),
+            Some(_) => self.cluster_size,
+            None => len.next_multiple_of(GRAIN).min(self.cluster_size),
+        };
         // Not under the lock: other clusters are decompressed at the same time.
         let mut compressed = vec![0; cluster.len as usize];
         store.read_at(&mut compressed, cluster.host).doing("read a compressed cluster")?;
-        let mut bytes = vec![0; self.cluster_size];
+        let mut bytes = vec![0; len];
         decompress(self.compression, &compressed, &mut bytes)?;
         let bytes: Arc<[u8]> = bytes.into();
         lock().put(cluster, bytes.clone());

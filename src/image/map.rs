@@ -233,8 +233,19 @@ impl Content {
         matches!(self, Self::Unallocated { .. })
     }
 
+    /// The content `bytes` further on in the same run.
+    pub fn advance(self, bytes: u64) -> Self {
+        let place = |place: Place| place.advance(bytes);
+        match self {
+            Self::Unallocated { kept } => Self::Unallocated { kept: kept.map(place) },
+            Self::Zero { kept } => Self::Zero { kept: kept.map(place) },
+            Self::Data(data) => Self::Data(place(data)),
+            Self::Compressed { cluster, skip } => Self::Compressed { cluster, skip: skip + bytes },
+        }
+    }
+
     /// Whether `next` goes on where this content ends after `len` bytes.
-    fn continues_with(self, len: u64, next: Self) -> bool {
+    pub fn continues_with(self, len: u64, next: Self) -> bool {
         let follows = |place: Place, next: Place| {
             place.host.checked_add(len) == Some(next.host) && place.copied == next.copied
         };

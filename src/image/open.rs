@@ -21,7 +21,9 @@ use crate::store::{Absent, Store};
 use crate::units::HostOffset;
 
 /// Bytes of clean metadata that an image keeps in memory at most: 16 GiB of disk at the default cluster size.
-const PAGE_CACHE_BYTES: u64 = 2 << 20;
+const WRITER_CACHE_BYTES: u64 = 2 << 20;
+/// The same of an image that is only read: a chain keeps what its views need of it (`chain/resolved.rs`).
+const READER_CACHE_BYTES: u64 = 64 << 10;
 
 impl Image {
     /// Opens the image in `store`, which keeps its data to itself.
@@ -63,9 +65,9 @@ impl Image {
         let geometry = header.geometry;
         let header_compression = header.compression();
         let header_data_place = header.data_place();
-        let read_table = match writability {
-            Writability::ReadOnly => Table::read,
-            Writability::Writable => Table::read_whole,
+        let (read_table, cache_bytes): (fn(_, _, _) -> _, _) = match writability {
+            Writability::ReadOnly => (Table::read, READER_CACHE_BYTES),
+            Writability::Writable => (Table::read_whole, WRITER_CACHE_BYTES),
         };
         let l1 = read_table(&*store, header.l1_offset, header.l1_entries as usize)?;
         let snapshots = SnapshotTable::read(&*store, &header)?;
@@ -85,7 +87,7 @@ impl Image {
                 data_file_is_raw: header.data_file_is_raw(),
                 header,
                 l1,
-                pages: Pages::new(geometry.cluster_size(), PAGE_CACHE_BYTES),
+                pages: Pages::new(geometry.cluster_size(), cache_bytes),
                 allocator,
             }),
             snapshots: RwLock::new(snapshots.trees),

@@ -26,9 +26,10 @@ impl Image {
                 Encryption::Locked => Err(Error::new(Problem::KeyMissing)),
             },
             Content::Compressed { cluster, skip } => {
-                let bytes = self.decompressed.get(&*self.store, cluster);
+                let (start, end) = (skip as usize, skip as usize + buf.len());
+                let bytes = self.decompressed.get(&*self.store, cluster, end);
                 let bytes = bytes.map_err(|error| self.note(error))?;
-                buf.copy_from_slice(&bytes[skip as usize..skip as usize + buf.len()]);
+                buf.copy_from_slice(&bytes[start..end]);
                 Ok(())
             }
         }

@@ -1,8 +1,9 @@
 //! Compressed clusters (section "Compressed Clusters Descriptor").
 
-use std::io::Read;
+use std::cell::RefCell;
 
 use flate2::{Decompress, FlushDecompress, Status};
+use zstd::stream::raw::{Decoder, Operation as _};
 
 use crate::error::{Error, Result};
 
@@ -15,7 +16,7 @@ pub enum Compression {
     Zstd,
 }
 
-/// Decompresses to exactly `out.len()` bytes.
+/// Fills `out` with the first bytes of what was compressed.
 ///
 /// The data ends somewhere in `compressed`; what follows it belongs to others.
 ///
@@ -28,36 +29,60 @@ pub fn decompress(compression: Compression, compressed: &[u8], out: &mut [u8]) -
     }
 }
 
+// Making a decompressor costs about as much as decompressing a few KiB: each thread keeps its own.
+thread_local! {
+    static INFLATER: RefCell<Decompress> = RefCell::new(Decompress::new(false));
+    static ZSTD: RefCell<Option<Decoder<'static>>> = const { RefCell::new(None) };
+}
+
 fn decompress_zstd(compressed: &[u8], out: &mut [u8]) -> Result<()> {
-    // A reader goes on with the next frame until `out` is full, and looks no further.
-    zstd::stream::read::Decoder::with_buffer(compressed)
-        .and_then(|mut decoder| decoder.read_exact(out))
-        .map_err(|error| Error::corrupt(format!("compressed cluster: {error}")))
+    let broken = |error: std::io::Error| Error::corrupt(format!("compressed cluster: {error}"));
+    ZSTD.with_borrow_mut(|slot| {
+        let decoder = match slot {
+            Some(decoder) => decoder,
+            None => slot.insert(Decoder::new().map_err(broken)?),
+        };
+        decoder.reinit().map_err(broken)?;
+        let (mut read, mut written) = (0, 0);
+        // There may be several frames: the decoder goes on with the next one.
+        while written < out.len() {
+            let status =
+                decoder.run_on_buffers(&compressed[read..], &mut out[written..]).map_err(broken)?;
+            if status.bytes_read == 0 && status.bytes_written == 0 {
+                return Err(too_short(written, out.len()));
+            }
+            read += status.bytes_read;
+            written += status.bytes_written;
+        }
+        Ok(())
+    })
 }
 
 fn inflate(compressed: &[u8], out: &mut [u8]) -> Result<()> {
-    let mut inflater = Decompress::new(false);
-    loop {
-        let (read, written) = (inflater.total_in() as usize, inflater.total_out() as usize);
-        if written == out.len() {
-            return Ok(());
+    INFLATER.with_borrow_mut(|inflater| {
+        inflater.reset(false);
+        loop {
+            let (read, written) = (inflater.total_in() as usize, inflater.total_out() as usize);
+            if written == out.len() {
+                return Ok(());
+            }
+            let status = inflater
+                .decompress(&compressed[read..], &mut out[written..], FlushDecompress::None)
+                .map_err(|error| Error::corrupt(format!("compressed cluster: {error}")))?;
+            let now = inflater.total_out() as usize;
+            if now == out.len() {
+                return Ok(());
+            }
+            if status == Status::StreamEnd || now == written && inflater.total_in() as usize == read
+            {
+                return Err(too_short(now, out.len()));
+            }
         }
-        let status = inflater
-            .decompress(&compressed[read..], &mut out[written..], FlushDecompress::None)
-            .map_err(|error| Error::corrupt(format!("compressed cluster: {error}")))?;
-        let progress =
-            inflater.total_in() as usize != read || inflater.total_out() as usize != written;
-        if inflater.total_out() as usize == out.len() {
-            return Ok(());
-        }
-        if status == Status::StreamEnd || !progress {
-            return Err(Error::corrupt(format!(
-                "compressed cluster: {} bytes instead of {}",
-                inflater.total_out(),
-                out.len()
-            )));
-        }
-    }
+    })
+}
+
+fn too_short(found: usize, wanted: usize) -> Error {
+    Error::corrupt(format!("compressed cluster: {found} bytes instead of {wanted}"))
 }
 
 #[cfg(test)]
@@ -92,6 +117,20 @@ mod tests {
         decompress(Compression::Zstd, &compressed, &mut out).unwrap();
         assert_eq!(out, bytes);
         assert!(decompress(Compression::Zstd, &compressed[..40], &mut out).is_err());
+    }
+
+    #[test]
+    fn the_beginning_can_be_had_without_the_rest() {
+        let bytes: Vec<u8> = (0..65536_u32).map(|i| (i / 5 % 253) as u8).collect();
+        let deflated = deflate(&bytes);
+        let zstd = zstd::encode_all(&bytes[..], 1).unwrap();
+        for (compression, data) in [(Compression::Zlib, &deflated), (Compression::Zstd, &zstd)] {
+            for len in [1, 4096, 65535, 65536] {
+                let mut out = vec![0; len];
+                decompress(compression, data, &mut out).unwrap();
+                assert!(out == bytes[..len], "{compression:?}, {len}");
+            }
+        }
     }
 
     #[test]
