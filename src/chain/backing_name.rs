@@ -27,8 +27,10 @@ pub struct BackingName {
 /// a description; both count from the current directory, as in QEMU.
 ///
 /// # Errors
-/// Other protocols, and descriptions of anything but a qcow2 or raw image in a file, are not supported.
+/// Other protocols, and descriptions of anything but a qcow2 or raw image in a file, are not supported. A name with a
+/// NUL byte is invalid.
 pub fn resolve(overlay: &Path, name: &[u8]) -> Result<BackingName> {
+    refuse_nul("backing file name", name)?;
     let plain = |path: &[u8]| BackingName {
         path: Path::new(OsStr::from_bytes(path)).to_path_buf(),
         format: None,
@@ -49,6 +51,14 @@ pub fn resolve(overlay: &Path, name: &[u8]) -> Result<BackingName> {
             let full = path.as_os_str().as_bytes().to_vec();
             Ok(BackingName { path, format: None, full })
         }
+    }
+}
+
+/// Refuses the name of a file that no file has, since it would be cut there.
+pub fn refuse_nul(field: &'static str, name: &[u8]) -> Result<()> {
+    match name.contains(&0) {
+        true => Err(Error::invalid(field, "it has a NUL byte in it")),
+        false => Ok(()),
     }
 }
 

@@ -19,6 +19,7 @@ mod helper;
 mod killed;
 mod locks;
 mod loops;
+mod malformed;
 mod matrix;
 mod model;
 mod partitions;
