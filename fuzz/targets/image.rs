@@ -6,7 +6,10 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use libfuzzer_sys::fuzz_target;
-use qchainfs::image::{Image, Nothing, Tree, Writability, ZeroMode};
+use qchainfs::image::{
+    Companions, GuestCipher, Image, Nothing, SectorNumbering, Tree, Writability, ZeroMode,
+};
+use qchainfs::qcow2::encryption::SectorCipher;
 use qchainfs::store::Store;
 use qchainfs::units::{GuestOffset, GuestRange, HostOffset};
 
@@ -100,7 +103,11 @@ fn look(image: &Image, tree: Tree<'_>, size: u64) {
 
 fuzz_target!(|bytes: &[u8]| {
     let store = || Arc::new(Bytes(Mutex::new(bytes.to_vec())));
-    if let Ok(image) = Image::open(store(), Writability::ReadOnly) {
+    // The key of the old AES costs nothing to derive; an image that is not encrypted does without.
+    let cipher = SectorCipher::legacy_aes(b"key").expect("any key will do");
+    let cipher = Some(GuestCipher { cipher, numbering: SectorNumbering::Guest });
+    let companions = Companions { cipher, ..Companions::default() };
+    if let Ok(image) = Image::open_with(store(), Writability::ReadOnly, companions) {
         look(&image, Tree::Active, image.size());
         for snapshot in image.snapshots().iter().take(8) {
             look(&image, Tree::Snapshot(snapshot), snapshot.size());

@@ -27,8 +27,10 @@ pub struct BackingName {
 /// a description; both count from the current directory, as in QEMU.
 ///
 /// # Errors
-/// Other protocols, and descriptions of anything but a qcow2 or raw image in a file, are not supported.
+/// Other protocols, and descriptions of anything but a qcow2 or raw image in a file, are not supported. A name with a
+/// NUL byte is invalid.
 pub fn resolve(overlay: &Path, name: &[u8]) -> Result<BackingName> {
+    refuse_nul("backing file name", name)?;
     let plain = |path: &[u8]| BackingName {
         path: Path::new(OsStr::from_bytes(path)).to_path_buf(),
         format: None,
@@ -49,6 +51,14 @@ pub fn resolve(overlay: &Path, name: &[u8]) -> Result<BackingName> {
             let full = path.as_os_str().as_bytes().to_vec();
             Ok(BackingName { path, format: None, full })
         }
+    }
+}
+
+/// Refuses the name of a file that no file has, since it would be cut there.
+pub fn refuse_nul(field: &'static str, name: &[u8]) -> Result<()> {
+    match name.contains(&0) {
+        true => Err(Error::invalid(field, "it has a NUL byte in it")),
+        false => Ok(()),
     }
 }
 
@@ -75,7 +85,9 @@ fn described(description: &[u8]) -> Result<(String, Option<Format>)> {
         serde_json::from_slice(description).map_err(|_| unsupported("a broken description"))?;
     let Value::Object(object) = value else { return Err(unsupported("no object")) };
     let mut flat = Map::new();
-    flatten("", object, &mut flat);
+    if flatten("", object, &mut flat).is_err() {
+        return Err(unsupported("a key in two forms"));
+    }
     let mut format = None;
     let mut filename = None;
     for (key, value) in flat {
@@ -98,18 +110,28 @@ fn described(description: &[u8]) -> Result<(String, Option<Format>)> {
     }
 }
 
+/// A key that is there both nested and dotted.
+struct Twice;
+
 /// Turns nested objects into one with dotted keys.
-fn flatten(prefix: &str, object: Map<String, Value>, flat: &mut Map<String, Value>) {
+fn flatten(
+    prefix: &str,
+    object: Map<String, Value>,
+    flat: &mut Map<String, Value>,
+) -> Result<(), Twice> {
     for (key, value) in object {
         let key = format!("{prefix}{key}");
         match value {
             // One level is all that can be meant; what is deeper is refused by its key.
-            Value::Object(inner) if prefix.is_empty() => flatten(&format!("{key}."), inner, flat),
+            Value::Object(inner) if prefix.is_empty() => flatten(&format!("{key}."), inner, flat)?,
             value => {
-                flat.insert(key, value);
+                if flat.insert(key, value).is_some() {
+                    return Err(Twice);
+                }
             }
         }
     }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -159,6 +181,7 @@ mod tests {
             r#"{"driver":"qcow2","file":{"driver":"raw","file":{"filename":"b"}}}"#,
             r#"{"driver":"qcow2","data-file":{"filename":"/etc/passwd"},"file.filename":"b"}"#,
             r#"{"file.filename":7}"#,
+            r#"{"file.filename":"a","file":{"filename":"b"}}"#,
         ] {
             let name = format!("json:{description}");
             assert!(resolve(Path::new("w"), name.as_bytes()).is_err(), "{description}");

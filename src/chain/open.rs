@@ -192,6 +192,7 @@ fn open_data_file(
     let name = header.data_file_name().filter(|name| !name.is_empty()).ok_or_else(|| {
         Error::invalid("data file name", "the image does not name its data file").at(image)
     })?;
+    backing_name::refuse_nul("data file name", name).at(image)?;
     let path = backing_name::beside(image, name);
     let file = policy.admit(&path).at(image)?;
     let writability = place.writability(options);

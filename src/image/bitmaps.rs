@@ -18,6 +18,6 @@ impl Image {
         }
         let mut bytes = vec![0; directory.len as usize];
         self.store.read_at(&mut bytes, directory.offset).doing("read its bitmap directory")?;
-        directory.parse_entries(&bytes)
+        directory.parse_entries(&bytes, self.geometry.cluster_size())
     }
 }

@@ -50,12 +50,12 @@ pub enum SectorNumbering {
 /// # Errors
 /// No such area, or one outside the file.
 pub fn read_luks_area(store: &dyn Store, header: &Header) -> Result<Vec<u8>> {
-    const FIELD: &str = "encryption header pointer";
-    let area = LuksArea::find(&header.extensions, header.geometry)?
-        .ok_or_else(|| Error::invalid(FIELD, "the image does not say where its keys are"))?;
+    let area = LuksArea::find(&header.extensions, header.geometry)?.ok_or_else(|| {
+        Error::invalid(LuksArea::FIELD, "the image does not say where its keys are")
+    })?;
     let file_len = store.len().doing("find out its length")?;
     if area.offset.get() + area.len > file_len {
-        return Err(Error::invalid(FIELD, "the file ends inside the area"));
+        return Err(Error::invalid(LuksArea::FIELD, "the file ends inside the area"));
     }
     let mut bytes = vec![0; area.len as usize];
     store.read_at(&mut bytes, area.offset).doing("read its key slots")?;

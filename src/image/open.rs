@@ -176,7 +176,10 @@ fn open_allocator(
 ) -> Result<Allocator> {
     let geometry = header.geometry;
     let cluster_size = geometry.cluster_size();
+    let file_len = store.len().doing("find out its length")?;
     let reftable_len = u64::from(header.reftable_clusters) * cluster_size;
+    require_inside("refcount_table_offset", header.reftable_offset, reftable_len, file_len)?;
+    require_inside("l1_table_offset", header.l1_offset, l1.byte_len(), file_len)?;
     let reftable = Table::read_whole(store, header.reftable_offset, reftable_len as usize / 8)?;
 
     let mut layout = Layout::new(geometry);
@@ -184,11 +187,14 @@ fn open_allocator(
     layout.claim(header.reftable_offset, reftable_len, Owner::RefcountTable)?;
     for &entry in reftable.entries() {
         if entry != 0 {
-            layout.claim(HostOffset::new(entry & !0x1ff), cluster_size, Owner::RefcountBlock)?;
+            let block = HostOffset::new(entry & !0x1ff);
+            require_inside("refcount block offset", block, cluster_size, file_len)?;
+            layout.claim(block, cluster_size, Owner::RefcountBlock)?;
         }
     }
     for &entry in l1.entries() {
         if let L1Entry::Table { host, .. } = L1Entry::decode(entry, geometry)? {
+            require_inside("L2 table offset", host, 1, file_len)?;
             layout.claim(host, cluster_size, Owner::ActiveL2)?;
         }
     }
@@ -197,11 +203,19 @@ fn open_allocator(
     if let Some(area) = LuksArea::find(&header.extensions, geometry)? {
         layout.claim(area.offset, area.len, Owner::EncryptionHeader)?;
     }
-    let file_len = store.len().doing("find out its length")?;
     for snapshot in &snapshots.trees {
         snapshot.check_l1(geometry, file_len)?;
         let entry = snapshot.entry();
         layout.claim(entry.l1_offset, u64::from(entry.l1_entries) * 8, Owner::SnapshotL1)?;
     }
     Ok(Allocator::new(geometry, reftable, layout, file_len))
+}
+
+/// Refuses a table that a file of `file_len` bytes lacks: to a writer, refcounts that are not there mean that all is
+/// free, and he would overwrite what a truncated file still has.
+fn require_inside(field: &'static str, start: HostOffset, len: u64, file_len: u64) -> Result<()> {
+    match start.checked_add(len) {
+        Some(end) if end.get() <= file_len => Ok(()),
+        _ => Err(Error::invalid(field, format!("{start} is behind the end of the file"))),
+    }
 }

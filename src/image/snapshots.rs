@@ -12,8 +12,8 @@ use super::pages::Kind;
 use super::sync::atomic::Ordering;
 use crate::error::{Doing, Error, Result};
 use crate::qcow2::{
-    DataPlace, Geometry, Header, L1Entry, MAX_L1_BYTES, MAX_SNAPSHOT_TABLE_BYTES, MAX_SNAPSHOTS,
-    SNAPSHOT_FIXED_LEN, Snapshot, SnapshotLengths, offsets,
+    DataPlace, Geometry, Header, L1Entry, MAX_FILE_LEN, MAX_L1_BYTES, MAX_SNAPSHOT_TABLE_BYTES,
+    MAX_SNAPSHOTS, SNAPSHOT_FIXED_LEN, Snapshot, SnapshotLengths, offsets,
 };
 use crate::store::Store;
 use crate::units::HostOffset;
@@ -87,7 +87,7 @@ impl SnapshotL1 {
         if !self.offset.is_aligned(geometry.cluster_size()) {
             return Err(Error::invalid("snapshot's l1_table_offset", "it is not cluster-aligned"));
         }
-        if self.offset.get() > i64::MAX as u64 - MAX_L1_BYTES {
+        if self.offset.get() > MAX_FILE_LEN - MAX_L1_BYTES {
             return Err(Error::invalid("snapshot's l1_table_offset", "no file reaches so far"));
         }
         Ok(())

@@ -1,6 +1,7 @@
 //! Persistent dirty bitmaps: the extension and the directory (section "Bitmaps").
 
 use crate::error::{Error, Result};
+use crate::qcow2::MAX_FILE_LEN;
 use crate::units::HostOffset;
 
 /// Greatest number of bitmaps.
@@ -9,6 +10,10 @@ const MAX_BITMAPS: u32 = 65535;
 const MAX_DIRECTORY_BYTES: u64 = 1024 * 65535;
 /// Bytes of a directory entry before its extra data and name.
 const FIXED_LEN: usize = 24;
+/// Greatest length of a name in bytes.
+const MAX_NAME: usize = 1023;
+/// Greatest number of entries of a bitmap's table.
+const MAX_TABLE_ENTRIES: u32 = 0x800_0000;
 /// The only type of bitmap that there is.
 const DIRTY_TRACKING: u8 = 1;
 
@@ -62,6 +67,9 @@ impl BitmapDirectory {
         if data.len() != 24 {
             return Err(Error::invalid("bitmaps extension", format!("{} bytes long", data.len())));
         }
+        if number(data, 4, 4) != 0 {
+            return Err(Error::invalid("bitmaps extension", "its reserved field is not zero"));
+        }
         let directory = Self {
             count: number(data, 0, 4) as u32,
             len: number(data, 8, 8),
@@ -87,7 +95,7 @@ impl BitmapDirectory {
     ///
     /// # Errors
     /// An entry that runs out of the directory, or holds what the specification forbids.
-    pub fn parse_entries(&self, mut bytes: &[u8]) -> Result<Vec<Bitmap>> {
+    pub fn parse_entries(&self, mut bytes: &[u8], cluster_size: u64) -> Result<Vec<Bitmap>> {
         let mut bitmaps = Vec::new();
         for _ in 0..self.count {
             let short = || Error::invalid("bitmap directory", "it ends inside an entry");
@@ -95,8 +103,16 @@ impl BitmapDirectory {
             let (name_len, extra_len) = (number(fixed, 18, 2), number(fixed, 20, 4));
             let len = FIXED_LEN as u64 + extra_len + name_len;
             let entry = bytes.get(..len as usize).ok_or_else(short)?;
-            bitmaps.push(Bitmap::parse(entry, name_len as usize)?);
+            let bitmap = Bitmap::parse(entry, name_len as usize)?;
+            bitmap.check(cluster_size).map_err(|reason| {
+                let reason = format!("bitmap \"{}\": {reason}", bitmap.name);
+                Error::invalid("bitmap directory", reason)
+            })?;
+            bitmaps.push(bitmap);
             bytes = bytes.get((len as usize).next_multiple_of(8)..).unwrap_or_default();
+        }
+        if !bytes.is_empty() {
+            return Err(Error::invalid("bitmap directory", "it has more entries than nb_bitmaps"));
         }
         Ok(bitmaps)
     }
@@ -109,10 +125,6 @@ impl Bitmap {
         if kind != DIRTY_TRACKING {
             return Err(Error::invalid("bitmap directory", format!("a bitmap of type {kind}")));
         }
-        if !(9..=31).contains(&granularity_bits) {
-            let reason = format!("granularity of 2^{granularity_bits} bytes");
-            return Err(Error::invalid("bitmap directory", reason));
-        }
         let name = &entry[entry.len() - name_len..];
         Ok(Self {
             name: String::from_utf8_lossy(name).into_owned(),
@@ -121,6 +133,34 @@ impl Bitmap {
             table_offset: HostOffset::new(number(entry, 0, 8)),
             table_entries: number(entry, 8, 4) as u32,
         })
+    }
+}
+
+impl Bitmap {
+    /// Checks it against the format's limits and QEMU's.
+    fn check(&self, cluster_size: u64) -> Result<(), String> {
+        let known = BitmapFlags::IN_USE | BitmapFlags::AUTO | BitmapFlags::EXTRA_DATA_COMPATIBLE;
+        let table = self.table_offset;
+        if !(9..=31).contains(&self.granularity_bits) {
+            return Err(format!("granularity of 2^{} bytes", self.granularity_bits));
+        }
+        if !(1..=MAX_NAME).contains(&self.name.len()) {
+            return Err(format!("a name of {} bytes", self.name.len()));
+        }
+        if !known.contains(self.flags) {
+            return Err(format!("reserved flags {:#x}", (self.flags - known).bits()));
+        }
+        if table == HostOffset::ZERO || !table.is_aligned(cluster_size) {
+            return Err(format!("its table at {table} is not cluster-aligned"));
+        }
+        if !(1..=MAX_TABLE_ENTRIES).contains(&self.table_entries) {
+            return Err(format!("a table of {} entries", self.table_entries));
+        }
+        let len = u64::from(self.table_entries) * 8;
+        if table.checked_add(len).is_none_or(|end| end.get() > MAX_FILE_LEN) {
+            return Err(format!("its table at {table} is where no file is"));
+        }
+        Ok(())
     }
 }
 
@@ -152,7 +192,7 @@ mod tests {
     fn names_behind_extra_data_are_found() {
         let directory = BitmapDirectory { count: 2, len: 0, offset: HostOffset::new(CLUSTER) };
         let bytes = [entry(b"nightly", 0), entry(b"b", 13)].concat();
-        let bitmaps = directory.parse_entries(&bytes).unwrap();
+        let bitmaps = directory.parse_entries(&bytes, CLUSTER).unwrap();
         assert_eq!(
             bitmaps.iter().map(|bitmap| &bitmap.name[..]).collect::<Vec<_>>(),
             ["nightly", "b"]
@@ -165,10 +205,10 @@ mod tests {
         let directory = BitmapDirectory { count: 1, len: 0, offset: HostOffset::new(CLUSTER) };
         let bytes = entry(b"nightly", 0);
         for len in 0..FIXED_LEN + 7 {
-            assert!(directory.parse_entries(&bytes[..len]).is_err(), "{len}");
+            assert!(directory.parse_entries(&bytes[..len], CLUSTER).is_err(), "{len}");
         }
         let mut huge = bytes;
         huge[20..24].fill(0xff);
-        assert!(directory.parse_entries(&huge).is_err());
+        assert!(directory.parse_entries(&huge, CLUSTER).is_err());
     }
 }

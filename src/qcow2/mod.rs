@@ -34,6 +34,9 @@ pub const MAX_SNAPSHOTS: u32 = 65536;
 /// Greatest size of the snapshot table in bytes.
 pub const MAX_SNAPSHOT_TABLE_BYTES: u64 = 64 << 20;
 
+/// No file is longer, for QEMU.
+pub const MAX_FILE_LEN: u64 = (i64::MAX as u64) & !((1 << 30) - 1);
+
 /// The big-endian number at `index`, counted in numbers; 0 behind the end.
 pub(crate) fn be_u64(bytes: &[u8], index: usize) -> u64 {
     let number = bytes.chunks_exact(8).nth(index);

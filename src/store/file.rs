@@ -1,6 +1,6 @@
 //! An image file on the host.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, IoSlice};
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
@@ -46,6 +46,11 @@ impl FileStore {
     /// Without the file's name, which the caller knows better: [`Problem::NotFound`], [`Problem::NotARegularFile`] (directories, devices, pipes: opening these could block
     /// or have effects of its own), or the operating system's answer.
     pub fn open(path: &Path, access: Access) -> Result<Self> {
+        // Opening a device or a pipe can have effects of its own, so that it is looked at before. What is then opened is
+        // looked at once more.
+        if fs::metadata(path).is_ok_and(|found| !found.is_file()) {
+            return Err(Error::new(Problem::NotARegularFile));
+        }
         let opened = OpenOptions::new()
             .read(true)
             .write(access == Access::ReadWrite)

@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{FileExt as _, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
@@ -215,6 +215,32 @@ fn an_impossible_header_is_refused_or_read_but_nothing_breaks() {
             outcome.fails(code.expect("a code"));
         }
         untouched.verify();
+    }
+}
+
+#[test]
+fn a_file_that_was_cut_is_not_written_since_its_lost_refcounts_would_call_all_free() {
+    let images = Images::new();
+    let image = images.create("disk.qcow2", M, "");
+    let table = |at: u64| {
+        let mut bytes = [0; 8];
+        fs::File::open(&image).expect("open").read_exact_at(&mut bytes, at).expect("read");
+        u64::from_be_bytes(bytes)
+    };
+    let block = table(table(48));
+    // The block at the end of the file, as after it grew there.
+    let moved = 0x80000_u64;
+    let old = fs::read(&image).expect("read an image");
+    poke(&image, moved, &old[index(block)..index(block) + 65536]);
+    poke(&image, table(48), &moved.to_be_bytes());
+    Mounted::new(&image).umount();
+    let file = fs::File::options().write(true).open(&image).expect("open");
+    for (len, field) in [(moved + 100, "refcount block offset"), (0x10100, "refcount_table_offset")]
+    {
+        file.set_len(len).expect("cut the file");
+        let said = Mounted::refused(&[], &image, 1);
+        assert!(said.contains(field), "\"{field}\" is not in: {said}");
+        Mounted::read_only(&image).umount();
     }
 }
 

@@ -20,6 +20,21 @@ pub struct LuksArea {
 }
 
 impl LuksArea {
+    /// What errors call the extension.
+    pub const FIELD: &str = "encryption header pointer";
+
+    /// Whether one of the image's header extensions names such an area.
+    pub fn is_named_in(extensions: &[Extension]) -> bool {
+        Self::pointer(extensions).is_some()
+    }
+
+    fn pointer(extensions: &[Extension]) -> Option<&[u8]> {
+        extensions.iter().find_map(|extension| match extension {
+            Extension::Other { kind: ENCRYPTION_HEADER, data } => Some(&data[..]),
+            _ => None,
+        })
+    }
+
     /// The area that one of the image's header extensions names, if there is such an extension.
     ///
     /// Whether the area is inside the file is the reader's to find out.
@@ -28,24 +43,28 @@ impl LuksArea {
     /// An extension of another length than 16 bytes, an area that does not begin on a cluster behind the header, or
     /// one that is empty or too long.
     pub fn find(extensions: &[Extension], geometry: Geometry) -> Result<Option<Self>> {
-        let data = extensions.iter().find_map(|extension| match extension {
-            Extension::Other { kind: ENCRYPTION_HEADER, data } => Some(data),
-            _ => None,
-        });
-        data.map(|data| Self::parse(data, geometry)).transpose()
+        Self::pointer(extensions).map(|data| Self::parse(data, geometry)).transpose()
     }
 
     fn parse(data: &[u8], geometry: Geometry) -> Result<Self> {
-        const FIELD: &str = "encryption header pointer";
         if data.len() != 16 {
-            return Err(Error::invalid(FIELD, format!("it has {} bytes, not 16", data.len())));
+            return Err(Error::invalid(
+                Self::FIELD,
+                format!("it has {} bytes, not 16", data.len()),
+            ));
         }
         let (offset, len) = (be_u64(data, 0), be_u64(data, 1));
         if offset == 0 || !offset.is_multiple_of(geometry.cluster_size()) {
-            return Err(Error::invalid(FIELD, format!("offset {offset} is not that of a cluster")));
+            return Err(Error::invalid(
+                Self::FIELD,
+                format!("offset {offset} is not that of a cluster"),
+            ));
         }
         if len == 0 || len > MAX_LUKS_AREA_BYTES || offset.checked_add(len).is_none() {
-            return Err(Error::invalid(FIELD, format!("{len} bytes is too short or too long")));
+            return Err(Error::invalid(
+                Self::FIELD,
+                format!("{len} bytes is too short or too long"),
+            ));
         }
         Ok(Self { offset: HostOffset::new(offset), len })
     }

@@ -153,10 +153,11 @@ impl<'a> Workshop<'a> {
             _ => return below,
         };
         let whole = other.next_multiple_of(cluster);
-        if shape[Length].starts_with("odd") {
-            whole - 512 * (1 + self.random.below(cluster / 512 - 1))
-        } else {
-            whole
+        let part = |random: &mut Random| 512 * (1 + random.below(cluster / 512 - 1));
+        match shape[Length] {
+            "odd shorter" => whole - part(self.random),
+            "odd longer" => whole + part(self.random),
+            _ => whole,
         }
     }
 
