@@ -247,12 +247,15 @@ fn check_on_an_encrypted_image_needs_no_key() {
     qchainfs(&args!["check", "-r", "leaks", image]).ok();
 }
 
+/// Pokes an image.
+type Damage = fn(&Path, &Parts);
+
 #[test]
 fn wrong_refcounts_and_flags_are_found_as_qemu_finds_them_and_repaired() {
     let images = Images::new();
     let kinds = ["", "compat=0.10", "refcount_bits=8", "refcount_bits=64", "extended_l2=on"];
     for options in kinds {
-        let damages: [(&str, fn(&Path, &Parts)); 10] = [
+        let damages: [(&str, Damage); 10] = [
             ("leaks", |image, parts| poke(image, parts.l2, &[0; 8])),
             ("leaks", |image, parts| {
                 let data = number(image, parts.l2) & !COPIED;
@@ -441,7 +444,7 @@ fn random_damage_to_counts_and_flags_is_repaired_over_all_snapshots() {
         io(&image, &["write -P 2 0 4k"]);
         let parts = Parts::of(&image);
         let clusters = fs::metadata(&image).expect("stat").len() / parts.cluster;
-        let per_block = parts.cluster * 8 >> parts.order;
+        let per_block = (parts.cluster * 8) >> parts.order;
         for _ in 0..20 {
             let cluster = random.below(clusters.min(per_block));
             parts.set_refcount(&image, cluster * parts.cluster, random.below(4) as u8);
