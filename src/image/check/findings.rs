@@ -285,7 +285,7 @@ pub(super) enum Refcounts {
     Usable,
     /// They overlap with something, lead nowhere, or lack blocks that are needed.
     Broken,
-    /// There are more wrong pointers than a repair can go around.
+    /// The header overlaps with something, or there are more wrong pointers than a repair can go around.
     Hopeless,
 }
 

@@ -74,7 +74,7 @@ fn examine<'s>(store: &'s dyn Store, tally: &mut Tally<'_>, limits: Limits) -> R
         compare(window, &survey, tally);
         Ok(())
     })?;
-    tally.progress(survey.file_clusters, survey.file_clusters);
+    tally.progress(survey.limit(), survey.limit());
     Ok(survey)
 }
 
@@ -86,6 +86,7 @@ fn each_window<'s>(
     mut flags: Option<&mut FlagWriter<'s>>,
     mut done: impl FnMut(&Window, &mut Tally<'_>) -> Result<()>,
 ) -> Result<()> {
+    let limit = survey.limit();
     let mut next = Some(0);
     let mut structure = Structure::Unknown;
     for _ in 0..MAX_PASSES {
@@ -102,6 +103,7 @@ fn each_window<'s>(
             structure,
             flags: flags.as_deref_mut(),
             max_tables: limits.tables,
+            limit,
         };
         walk.run()?;
         structure = Structure::Reported;
@@ -116,12 +118,9 @@ fn each_window<'s>(
 fn compare(window: &Window, survey: &Survey<'_>, tally: &mut Tally<'_>) {
     for (cluster, slot) in window.clusters() {
         let (refcount, references) = (slot.refcount, u64::from(slot.references));
-        // Refcounts of clusters behind the end of the file waste nothing.
-        let exists = references > 0 || cluster < survey.file_clusters;
-        if !exists || refcount | references == 0 {
-            continue;
+        if references > 0 || (refcount > 0 && cluster < survey.file_clusters) {
+            tally.report.image_end = (cluster + 1) << survey.geometry.cluster_bits();
         }
-        tally.report.image_end = (cluster + 1) << survey.geometry.cluster_bits();
         if refcount > references {
             tally.add(Finding::Leak { cluster, refcount, references });
         } else if refcount < references {

@@ -77,7 +77,9 @@ pub(super) fn rebuild(
     store.set_len(place.end() * size).doing("make it longer")?;
 
     let mut survey = Survey::new(store, &mut tally)?;
+    // Of the old structures only what was there before: the longer file has nothing to add.
     survey.areas.retain(|area| !area.usage.is_refcounts());
+    survey.blocks.clone_from(&old.blocks);
     let blocks = Area::new(host(place.first), place.blocks * size, Use::RefcountBlock);
     let table_at = host(place.first + place.blocks);
     let table = Area::new(table_at, place.table * size, Use::RefcountTable);

@@ -155,10 +155,7 @@ fn correct_counts(
             let Some(block) = survey.block_of(cluster) else { continue };
             if slot.refcount < references && extent == Extent::All {
                 fixed.corruptions += 1;
-            } else if slot.refcount > references
-                && found.coverage == Coverage::Whole
-                && (references > 0 || cluster < survey.file_clusters)
-            {
+            } else if slot.refcount > references && found.coverage == Coverage::Whole {
                 fixed.leaks += 1;
             } else {
                 continue;

@@ -97,6 +97,13 @@ impl<'s> Survey<'s> {
         start != HostOffset::ZERO && start.is_aligned(size) && self.holds(start, size)
     }
 
+    /// The first cluster that neither the file has nor a refcount block describes. A region may reach into the cluster
+    /// behind the end of the file.
+    pub fn limit(&self) -> u64 {
+        let blocks = self.blocks.iter().rposition(|&host| host != 0).map_or(0, |last| last + 1);
+        (blocks as u64 * self.geometry.refcounts_per_block()).max(self.file_clusters + 1)
+    }
+
     /// Where the refcount block of `cluster` is.
     pub fn block_of(&self, cluster: u64) -> Option<HostOffset> {
         let index = cluster / self.geometry.refcounts_per_block();

@@ -26,6 +26,8 @@ pub(super) struct Walk<'p, 's, 'w> {
     pub flags: Option<&'p mut FlagWriter<'s>>,
     /// L2 tables that are kept in mind at a time.
     pub max_tables: usize,
+    /// The first cluster that is of no interest.
+    pub limit: u64,
 }
 
 /// Whether the structure of tables has been reported before.
@@ -78,11 +80,7 @@ impl Walk<'_, '_, '_> {
         loop {
             let tables = self.tables_behind(after);
             for (&host, table) in &tables {
-                let clusters = self.survey.file_clusters;
-                let at = host.get() >> self.survey.geometry.cluster_bits();
-                let share = self.window.end().min(clusters) - self.window.first.min(clusters);
-                let done = u128::from(at) * u128::from(share) / u128::from(clusters.max(1));
-                self.tally.progress(self.window.first + done as u64, clusters);
+                self.progress(host);
                 self.l2(host, table)?;
             }
             match tables.last_key_value() {
@@ -90,6 +88,14 @@ impl Walk<'_, '_, '_> {
                 _ => return Ok(()),
             }
         }
+    }
+
+    /// The table at `host` is next: they come in ascending order once for each window.
+    fn progress(&mut self, host: HostOffset) {
+        let at = host.get() >> self.survey.geometry.cluster_bits();
+        let (first, len) = (self.window.first, self.window.end() - self.window.first);
+        let share = u128::from(at) * u128::from(len) / u128::from(self.survey.file_clusters.max(1));
+        self.tally.progress(first + (share as u64).min(len), self.limit);
     }
 
     fn found(&mut self, finding: Finding) {
@@ -122,6 +128,10 @@ impl Walk<'_, '_, '_> {
             let (first, second) = (contest.first, contest.second);
             if first.is_refcounts() || second.is_refcounts() {
                 tally.worsen(Refcounts::Broken);
+            }
+            if contest.cluster == 0 {
+                // Somebody reads the header as something else: it must not change.
+                tally.worsen(Refcounts::Hopeless);
             }
             if first.is_metadata() || second.is_metadata() {
                 tally.note_contested(contest.cluster);

@@ -77,8 +77,7 @@ impl Window {
     /// # Errors
     /// The host's answer; refcounts that can't be read are 0.
     pub fn load(survey: &Survey<'_>, first: u64, max: u64) -> (Self, std::io::Result<()>) {
-        // A region may reach into the cluster behind the end of the file.
-        let len = (survey.file_clusters + 1).saturating_sub(first).min(max);
+        let len = survey.limit().saturating_sub(first).min(max);
         let empty =
             Slot { refcount: 0, references: 0, at: 0, usage: Use::Nothing, contested: false };
         let mut window = Self { first, slots: vec![empty; len as usize], beyond: None };
@@ -164,7 +163,6 @@ impl Window {
         let blocks = survey.blocks.iter().enumerate().skip(first as usize);
         let mut used = blocks.filter(|(_, host)| **host != 0 && holds_data(**host));
         let counted = used.next().map(|(index, _)| (index as u64 * per_block).max(self.end()));
-        let counted = counted.filter(|&cluster| cluster < survey.file_clusters);
         match (self.beyond, counted) {
             (Some(beyond), Some(counted)) => Some(beyond.min(counted)),
             (beyond, counted) => beyond.or(counted),

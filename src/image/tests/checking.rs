@@ -294,6 +294,10 @@ impl Store for Unreadable {
         self.inner.punch_hole(offset, len)
     }
 
+    fn reserve(&self, offset: HostOffset, len: u64) -> std::io::Result<()> {
+        self.inner.reserve(offset, len)
+    }
+
     fn next_data(&self, from: HostOffset) -> std::io::Result<Option<std::ops::Range<u64>>> {
         self.inner.next_data(from)
     }
