@@ -12,6 +12,7 @@ use qchainfs::units::{GuestOffset, GuestRange};
 
 /// More than that is not looked at: a hostile image may claim exabytes of holes.
 const MAX_RUNS: usize = 200;
+
 fn look(image: &Image, tree: Tree<'_>, size: u64) {
     let mut at = 0;
     for _ in 0..MAX_RUNS {
