@@ -21,6 +21,13 @@ pub const POLICY: u8 = 13;
 /// The image needs a feature that is not supported.
 pub const UNSUPPORTED: u8 = 14;
 
+/// `check` has found corruptions.
+pub const CORRUPT: u8 = 2;
+/// `check` has found leaked clusters and nothing worse.
+pub const LEAKS: u8 = 3;
+/// `check` does not know the image's format.
+pub const CHECK_UNSUPPORTED: u8 = 63;
+
 /// The exit code for `error`.
 pub fn code(error: &Error) -> u8 {
     match error.kind() {

@@ -1,6 +1,7 @@
 //! The command line: a file per verb, from arguments to ready values to one call.
 
 mod background;
+mod check;
 mod create;
 mod diff;
 mod exit;
@@ -11,6 +12,7 @@ mod map;
 mod mount;
 mod mount_helper;
 mod mount_options;
+mod progress;
 mod report;
 mod resize;
 mod size;
@@ -32,7 +34,8 @@ use crate::error::{Doing, Result};
     name = "qchainfs",
     version,
     after_help = "Exit codes: 0 done, 1 failed, 2 usage, 4 diff found differences, 10 image not found,\n\
-                  11 locked by another process, 12 key missing or wrong, 13 refused by policy, 14 unsupported feature."
+                  11 locked by another process, 12 key missing or wrong, 13 refused by policy, 14 unsupported feature.\n\
+                  `check` exits as qemu-img check."
 )]
 struct Arguments {
     #[command(subcommand)]
@@ -46,6 +49,7 @@ enum Verb {
     Info(info::Arguments),
     Map(map::Arguments),
     Diff(diff::Arguments),
+    Check(check::Arguments),
     Create(create::Arguments),
     Resize(resize::Arguments),
     #[command(name = "mount-helper", hide = true)]
@@ -65,12 +69,17 @@ enum Output {
 
 /// Runs the program with `arguments` (the first is its name) and returns how it ends.
 pub fn run(arguments: impl Iterator<Item = OsString>) -> ExitCode {
-    let arguments = match Arguments::try_parse_from(arguments) {
+    let words: Vec<OsString> = arguments.collect();
+    let arguments = match Arguments::try_parse_from(&words) {
         Ok(arguments) => arguments,
         Err(error) => {
             // Help and version are no errors; clap knows where each of them goes.
             let _ = error.print();
-            return ExitCode::from(if error.use_stderr() { exit::USAGE } else { exit::DONE });
+            let wrong = match words.get(1) {
+                Some(verb) if verb == "check" => exit::FAILED,
+                _ => exit::USAGE,
+            };
+            return ExitCode::from(if error.use_stderr() { wrong } else { exit::DONE });
         }
     };
     raise_descriptor_limit();
@@ -80,6 +89,7 @@ pub fn run(arguments: impl Iterator<Item = OsString>) -> ExitCode {
         Verb::Info(arguments) => finish(info::run(&arguments)),
         Verb::Map(arguments) => finish(map::run(&arguments)),
         Verb::Diff(arguments) => finish(diff::run(&arguments)),
+        Verb::Check(arguments) => check::run(&arguments),
         Verb::Create(arguments) => finish(create::run(&arguments)),
         Verb::Resize(arguments) => finish(resize::run(&arguments)),
         Verb::MountHelper(arguments) => mount_helper::run(arguments),

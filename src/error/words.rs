@@ -145,8 +145,8 @@ impl Error {
             Problem::KeyMissing => {
                 Some(format!("qchainfs mount -r -o secret=FILE {file} MOUNTPOINT"))
             }
-            Problem::NeedsRepair { .. } => Some(format!("qemu-img check -r all {file}")),
-            Problem::Corrupt { .. } => Some(format!("qemu-img check {file}")),
+            Problem::NeedsRepair { .. } => Some(format!("qchainfs check -r all {file}")),
+            Problem::Corrupt { .. } => Some(format!("qchainfs check {file}")),
             Problem::BackingFormatMissing { name } => Some(format!(
                 "qemu-img rebase -u -F FORMAT -b {} {file}",
                 shell_word(Path::new(name))

@@ -1,5 +1,5 @@
-//! Host clusters: who is free, who has how many references. Only this file changes refcounts, and only it makes an
-//! image file longer.
+//! Host clusters: who is free, who has how many references. In an open image only this file changes refcounts, and only
+//! it makes the file longer.
 
 use super::layout::{Layout, Owner};
 use super::pages::{Kind, Pages};

@@ -7,6 +7,7 @@
 mod allocate;
 mod below;
 mod bitmaps;
+pub mod check;
 mod cipher;
 mod create;
 mod decompressed;

@@ -103,33 +103,53 @@ pub(super) struct SnapshotTable {
 impl SnapshotTable {
     /// Reads the table that `header` names.
     pub fn read(store: &dyn Store, header: &Header) -> Result<Self> {
-        let file_len = store.len().doing("find out its length")?;
         let mut table = Self { trees: Vec::new(), bytes: Vec::new() };
         for _ in 0..header.snapshot_count {
-            let at = header.snapshots_offset.checked_add(table.bytes.len() as u64);
-            let at = at.filter(|at| at.get() < file_len).ok_or_else(|| {
-                Error::invalid("snapshot table", "it lies behind the end of the file")
-            })?;
-            let mut fixed = [0; SNAPSHOT_FIXED_LEN];
-            store.read_at(&mut fixed, at).doing("read its snapshot table")?;
-            let lengths = SnapshotLengths::parse(&fixed);
-            if (table.bytes.len() + lengths.entry()) as u64 > MAX_SNAPSHOT_TABLE_BYTES {
-                return Err(Error::invalid("snapshot table", "it is longer than 64 MiB"));
-            }
-            let mut variable = vec![0; lengths.variable()];
-            let behind = at + SNAPSHOT_FIXED_LEN as u64;
-            store.read_at(&mut variable, behind).doing("read its snapshot table")?;
-            let entry = Snapshot::parse(&fixed, &variable)?;
-            let needed = header.geometry.l1_entries(entry.disk_size.unwrap_or(0));
-            if needed > MAX_L1_BYTES / 8 {
-                return Err(Error::invalid("snapshot's disk_size", "no L1 table can map so much"));
-            }
+            let (entry, fixed, variable) = Self::read_one(store, header, table.bytes.len() as u64)?;
             table.bytes.extend(fixed);
             table.bytes.extend(variable);
             table.bytes.resize(table.bytes.len().next_multiple_of(8), 0);
             table.trees.push(Arc::new(SnapshotTree::new(entry, header)));
         }
         Ok(table)
+    }
+
+    /// Reads the entry that begins `at` bytes behind the beginning of the table, and its lengths.
+    pub fn read_entry(
+        store: &dyn Store,
+        header: &Header,
+        at: u64,
+    ) -> Result<(Snapshot, SnapshotLengths)> {
+        let (entry, fixed, _) = Self::read_one(store, header, at)?;
+        Ok((entry, SnapshotLengths::parse(&fixed)))
+    }
+
+    /// Reads an entry, its fixed part and what follows that.
+    fn read_one(
+        store: &dyn Store,
+        header: &Header,
+        at: u64,
+    ) -> Result<(Snapshot, [u8; SNAPSHOT_FIXED_LEN], Vec<u8>)> {
+        let file_len = store.len().doing("find out its length")?;
+        let start = header.snapshots_offset.checked_add(at);
+        let start = start.filter(|start| start.get() < file_len).ok_or_else(|| {
+            Error::invalid("snapshot table", "it lies behind the end of the file")
+        })?;
+        let mut fixed = [0; SNAPSHOT_FIXED_LEN];
+        store.read_at(&mut fixed, start).doing("read its snapshot table")?;
+        let lengths = SnapshotLengths::parse(&fixed);
+        if at + lengths.entry() as u64 > MAX_SNAPSHOT_TABLE_BYTES {
+            return Err(Error::invalid("snapshot table", "it is longer than 64 MiB"));
+        }
+        let mut variable = vec![0; lengths.variable()];
+        let behind = start + SNAPSHOT_FIXED_LEN as u64;
+        store.read_at(&mut variable, behind).doing("read its snapshot table")?;
+        let entry = Snapshot::parse(&fixed, &variable)?;
+        let needed = header.geometry.l1_entries(entry.disk_size.unwrap_or(0));
+        if needed > MAX_L1_BYTES / 8 {
+            return Err(Error::invalid("snapshot's disk_size", "no L1 table can map so much"));
+        }
+        Ok((entry, fixed, variable))
     }
 }
 

@@ -235,7 +235,7 @@ pub struct CompressedCluster {
 }
 
 impl CompressedCluster {
-    fn decode(raw: u64, geometry: Geometry) -> Self {
+    pub(super) fn decode(raw: u64, geometry: Geometry) -> Self {
         let offset_bits = Self::offset_bits(geometry);
         let host = raw & ((1 << offset_bits) - 1);
         let sectors = ((raw & !(COMPRESSED | COPIED)) >> offset_bits) + 1;

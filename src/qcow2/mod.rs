@@ -3,6 +3,7 @@
 //! Section names in the comments are those of the public qcow2 specification (QEMU's `docs/interop/qcow2`).
 //! Nothing here panics on hostile bytes.
 
+pub mod anatomy;
 mod bitmap;
 mod compression;
 pub mod encryption;

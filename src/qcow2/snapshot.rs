@@ -54,6 +54,11 @@ impl SnapshotLengths {
         self.extra + self.id + self.name
     }
 
+    /// Whether the extra data has what version 3 demands: the sizes of the VM state and of the disk.
+    pub fn has_required_extra(self) -> bool {
+        self.extra >= 16
+    }
+
     /// Bytes from the beginning of the entry to the next one.
     pub fn entry(self) -> usize {
         (SNAPSHOT_FIXED_LEN + self.variable()).next_multiple_of(8)

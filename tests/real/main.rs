@@ -3,6 +3,7 @@
 
 mod support;
 
+mod cli_check;
 mod cli_create;
 mod cli_diff;
 mod cli_info;

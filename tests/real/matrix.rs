@@ -1,4 +1,4 @@
-//! Every view of images of every kind is what QEMU reads there, and `info` and `map` say the same.
+//! Every view of images of every kind is what QEMU reads there, and `info`, `map` and `check` say the same.
 
 mod build;
 mod compare;

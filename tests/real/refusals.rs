@@ -80,7 +80,7 @@ fn a_marked_image_is_mounted_read_only_and_not_writable() {
         poke(&image, INCOMPATIBLE_BITS, &bit.to_be_bytes());
         let untouched = Untouched::now(&[&image]);
         let said = Mounted::refused(&[], &image, 1);
-        assert!(said.contains(name) && said.contains("qemu-img check"), "{said}");
+        assert!(said.contains(name) && said.contains("qchainfs check -r all"), "{said}");
         let mounted = Mounted::read_only(&image);
         holds(&mounted.disk(), &expected);
         mounted.umount();

@@ -4,7 +4,6 @@ use super::*;
 use crate::image::{Companions, GuestCipher, SectorNumbering};
 use crate::qcow2::encryption::SectorCipher;
 use crate::qcow2::{L2Form, offsets};
-use checker::{Findings, check};
 
 /// Where an image keeps its data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -102,7 +101,7 @@ impl Files {
     }
 
     fn assert_holds(&self, model: &[u8], context: &str) {
-        assert_eq!(check(&self.image.bytes()), Findings::default(), "{context}");
+        assert_eq!(judge(&self.image.bytes()), Findings::default(), "{context}");
         let image = self.open(Writability::ReadOnly);
         assert_same(&read_all(&image, &*self.below()), model, context);
         if self.kind.data == Data::RawFile && self.kind.encrypted.is_none() {
@@ -134,6 +133,7 @@ fn random_changes_of_every_kind_of_image_read_back_and_leave_nothing_to_repair()
                     let change = Change::random(&mut random, SIZE);
                     change.apply_to_image(&image, &*below).unwrap();
                     change.apply_to_model(&mut model);
+                    assert_sound(&files.image, &context);
                 }
                 assert_same(&read_all(&image, &*below), &model, &context);
                 image.flush_all().unwrap();
@@ -160,8 +160,10 @@ fn snapshots_of_subclusters_and_of_encrypted_images_keep_what_they_saw() {
                     let change = Change::random(&mut random, SIZE);
                     change.apply_to_image(&image, &*below).unwrap();
                     change.apply_to_model(&mut model);
+                    assert_sound(&files.image, &context);
                 }
                 image.create_snapshot(&format!("s{round}")).unwrap();
+                assert_sound(&files.image, &context);
                 moments.push(model.clone());
             }
             for _ in 0..40 {

@@ -1,6 +1,7 @@
 //! The image floor on stores in memory: against a model, with failing stores, with power cuts.
 
 mod checker;
+mod checking;
 mod concurrent;
 mod failures;
 mod history;
@@ -10,11 +11,14 @@ mod model;
 mod power_cuts;
 mod qemu;
 mod regressions;
+mod repairing;
 mod resizing;
 mod stale_pages;
 
 use std::sync::Arc;
 
+use self::checker::Findings;
+use super::check::{self, Finding, Report, Stage};
 use super::{
     Below, Content, CreateOptions, Image, NewImage, Nothing, SnapshotTree, Tree, Writability,
     ZeroMode,
@@ -193,5 +197,43 @@ fn assert_same(found: &[u8], expected: &[u8], context: &str) {
     assert_eq!(found.len(), expected.len(), "{context}: sizes differ");
     if let Some(at) = (0..found.len()).find(|&at| found[at] != expected[at]) {
         panic!("{context}: byte {at} is {:#x}, not {:#x}", found[at], expected[at]);
+    }
+}
+
+/// What both checkers find in an image, which must be the same.
+fn judge(bytes: &[u8]) -> Findings {
+    let findings = checker::check(bytes);
+    let (report, found) = own_check(bytes);
+    assert_eq!(report.leaks, findings.leaks.len() as u64, "{found:?}, {findings:?}");
+    assert_eq!(report.is_sound(), findings.corruptions.is_empty(), "{found:?}, {findings:?}");
+    findings
+}
+
+/// What is in the file between two operations, flushed or not, leaks clusters at worst.
+fn assert_sound(store: &MemoryStore, context: &str) {
+    let (report, found) = own_check(&store.bytes());
+    assert!(report.is_sound(), "{context}: {found:?}");
+}
+
+/// What the program's own checker says of an image.
+fn own_check(bytes: &[u8]) -> (Report, Vec<Finding>) {
+    let mut found = Found::default();
+    let report = check::check(&MemoryStore::new(bytes.to_vec()), &mut found).unwrap();
+    (report, found.0)
+}
+
+/// Findings of a check, or of the first check of a repair.
+#[derive(Default)]
+struct Found(Vec<Finding>);
+
+impl check::Watch for Found {
+    fn found(&mut self, stage: Stage, finding: &Finding) {
+        if stage == Stage::Check {
+            self.0.push(finding.clone());
+        }
+    }
+
+    fn progress(&mut self, _stage: Stage, done: u64, total: u64) {
+        assert!(done <= total, "{done} of {total}");
     }
 }

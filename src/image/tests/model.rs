@@ -2,7 +2,6 @@
 
 use super::*;
 use crate::random::seeds;
-use checker::{Findings, check};
 
 const SHAPES: [Shape; 6] = [
     shape(Version::V3, 9, 4, 300 << 10, 0),
@@ -43,11 +42,12 @@ fn run(shape: Shape, random: &mut Random, context: &str) {
             let change = Change::random(random, shape.size);
             change.apply_to_image(&image, &*below).unwrap();
             change.apply_to_model(&mut model);
+            assert_sound(&store, context);
         }
         assert_same(&read_all(&image, &*below), &model, context);
         image.flush_all().unwrap();
         drop(image);
-        assert_eq!(check(&store.bytes()), Findings::default(), "{context}");
+        assert_eq!(judge(&store.bytes()), Findings::default(), "{context}");
         let image = Image::open(store.clone(), Writability::ReadOnly).unwrap();
         assert_same(&read_all(&image, &*below), &model, context);
     }
@@ -69,8 +69,10 @@ fn snapshots_keep_what_they_saw_whatever_is_written_later() {
                 let change = Change::random(&mut random, shape.size);
                 change.apply_to_image(&image, &*below).unwrap();
                 change.apply_to_model(&mut model);
+                assert_sound(&store, &context);
             }
             image.create_snapshot(&format!("s{round}")).unwrap();
+            assert_sound(&store, &context);
             moments.push(model.clone());
         }
         for _ in 0..25 {
@@ -79,7 +81,7 @@ fn snapshots_keep_what_they_saw_whatever_is_written_later() {
             change.apply_to_model(&mut model);
         }
         image.flush_all().unwrap();
-        assert_eq!(check(&store.bytes()), Findings::default(), "{context}");
+        assert_eq!(judge(&store.bytes()), Findings::default(), "{context}");
         let image = Image::open(store, Writability::ReadOnly).unwrap();
         assert_same(&read_all(&image, &*below), &model, &context);
         for (tree, moment) in image.snapshots().iter().zip(&moments) {
@@ -104,7 +106,7 @@ fn a_disk_grows_beyond_its_l1_table_and_the_backing_file_stays_hidden() {
         assert_same(&read_all(&image, &*below), &model, "after growing");
     }
     image.flush_all().unwrap();
-    assert_eq!(check(&store.bytes()), Findings::default());
+    assert_eq!(judge(&store.bytes()), Findings::default());
 }
 
 #[test]
@@ -135,7 +137,7 @@ fn parallel_writers_of_neighbouring_bytes_lose_nothing() {
     }
     assert_same(&read_all(&image, &*below), &model, "after parallel writes");
     image.flush_all().unwrap();
-    assert_eq!(check(&store.bytes()), Findings::default());
+    assert_eq!(judge(&store.bytes()), Findings::default());
 }
 
 #[test]

@@ -94,8 +94,17 @@ fn cut_everywhere(shape: Shape, seed: u64, moments: Moments) -> u64 {
             let context = format!("{shape:?}, seed {seed}, cut at {cut}, {survivors:?}");
             let bytes = store.after_power_cut(survivors);
             assert_eq!(check(&bytes).corruptions, Vec::<String>::new(), "{context}");
-            let image = Image::open(Arc::new(MemoryStore::new(bytes)), Writability::ReadOnly);
-            history.assert_allows(&read_all(&image.unwrap(), &*below), &context);
+            let store = Arc::new(MemoryStore::new(bytes));
+            let image = Image::open(store.clone(), Writability::ReadOnly).unwrap();
+            let disk = read_all(&image, &*below);
+            history.assert_allows(&disk, &context);
+            if cut % 4 != 0 {
+                continue;
+            }
+            check::repair(&*store, check::Extent::All, &mut Found::default()).unwrap();
+            assert_eq!(judge(&store.bytes()), Findings::default(), "{context}, repaired");
+            let image = Image::open(store, Writability::ReadOnly).unwrap();
+            assert_same(&read_all(&image, &*below), &disk, &format!("{context}, repaired"));
         }
         if finished {
             return cut;

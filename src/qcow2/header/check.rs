@@ -17,6 +17,16 @@ impl Header {
     /// An unaligned or oversized table, by the name of the field. Call [`Header::refuse_unsupported`] before: an
     /// unknown feature may change what these fields mean.
     pub fn check_tables(&self) -> Result<()> {
+        self.check_l1_table()?;
+        self.check_refcount_table()?;
+        self.check_snapshot_table()
+    }
+
+    /// Checks the place and size of the active L1 table.
+    ///
+    /// # Errors
+    /// As [`Header::check_tables`].
+    pub fn check_l1_table(&self) -> Result<()> {
         let cluster_size = self.geometry.cluster_size();
         let l1_bytes = u64::from(self.l1_entries) * 8;
         let needed = self.geometry.l1_entries(self.size);
@@ -29,7 +39,15 @@ impl Header {
                 format!("{} entries can't map a disk that needs {needed}", self.l1_entries),
             ));
         }
-        check_place("l1_table_offset", self.l1_offset, l1_bytes, cluster_size)?;
+        check_place("l1_table_offset", self.l1_offset, l1_bytes, cluster_size)
+    }
+
+    /// Checks the place and size of the refcount table.
+    ///
+    /// # Errors
+    /// As [`Header::check_tables`].
+    pub fn check_refcount_table(&self) -> Result<()> {
+        let cluster_size = self.geometry.cluster_size();
         let reftable_bytes = u64::from(self.reftable_clusters) * cluster_size;
         if reftable_bytes > MAX_REFTABLE_BYTES {
             return Err(Error::invalid("refcount_table_clusters", "the table is above 8 MiB"));
@@ -37,11 +55,18 @@ impl Header {
         if self.reftable_clusters == 0 {
             return Err(Error::invalid("refcount_table_clusters", "there is no refcount table"));
         }
-        check_place("refcount_table_offset", self.reftable_offset, reftable_bytes, cluster_size)?;
+        check_place("refcount_table_offset", self.reftable_offset, reftable_bytes, cluster_size)
+    }
+
+    /// Checks the place of the snapshot table.
+    ///
+    /// # Errors
+    /// As [`Header::check_tables`].
+    pub fn check_snapshot_table(&self) -> Result<()> {
         if self.snapshot_count > MAX_SNAPSHOTS {
             return Err(Error::invalid("nb_snapshots", "more than 65536 snapshots"));
         }
-        check_place("snapshots_offset", self.snapshots_offset, 0, cluster_size)
+        check_place("snapshots_offset", self.snapshots_offset, 0, self.geometry.cluster_size())
     }
 
     /// Refuses, by its name, a feature that this program can't read.

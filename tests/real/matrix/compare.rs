@@ -7,6 +7,7 @@ use qchainfs::units::GuestOffset;
 
 use super::build::Member;
 use super::keys::{options, secrets};
+use crate::cli_check;
 use crate::cli_info::{says_what_qemu_says, settle};
 use crate::cli_map::json_is_the_same;
 use crate::support::index;
@@ -96,7 +97,7 @@ pub fn mounted(members: &[Member]) {
     mounted.umount();
 }
 
-/// What `info` and `map` say.
+/// What `info`, `map` and `check` say.
 pub fn described(members: &[Member]) {
     for file in members.iter().flat_map(|member| &member.files) {
         settle(file);
@@ -108,5 +109,6 @@ pub fn described(members: &[Member]) {
             &member.opening.words(),
             &[options(members), args![member.path()].to_vec()].concat(),
         );
+        cli_check::says_the_same(&member.opening.words(), member.path());
     }
 }
