@@ -5,6 +5,8 @@ mod concurrent;
 mod failures;
 mod history;
 mod kinds;
+#[cfg(feature = "interleavings")]
+mod interleavings;
 mod long_cuts;
 mod model;
 mod power_cuts;
