@@ -110,12 +110,39 @@ fn step(image: &Image, below: &dyn Below, judge: &Judge, random: &mut Random) {
     }
 }
 
+/// What a run begins with: the image and its disk.
+fn beginning(shape: Shape, random: &mut Random) -> (Vec<u8>, Vec<u8>) {
+    let mut disk = shape.empty_disk();
+    match random.below(3) {
+        0 => (shape.create(), disk),
+        1 if shape.backing_len == 0 => {
+            for number in 0..shape.size / 100 {
+                disk[number as usize * 100] = random.below(256) as u8;
+            }
+            (qemu::packed(&disk, &shape.qemu_options()), disk)
+        }
+        _ => {
+            let store = Arc::new(MemoryStore::new(shape.create()));
+            let (image, below) = (open(store.clone()).unwrap(), shape.below());
+            for _ in 0..30 {
+                let change = Change::of_sectors(random, shape.size);
+                change.apply_to_image(&image, &*below).unwrap();
+                change.apply_to_model(&mut disk);
+            }
+            image.flush_all().unwrap();
+            drop(image);
+            (store.bytes(), disk)
+        }
+    }
+}
+
 /// The number of moments that were judged.
 fn run(seed: u64) -> u64 {
     let mut random = Random::new(seed);
     let shape = Shape::random(&mut random);
     let below = shape.below();
-    let history = Mutex::new(History::new(shape.empty_disk(), SECTOR));
+    let (bytes, disk) = beginning(shape, &mut random);
+    let history = Mutex::new(History::new(disk, SECTOR));
     let judge = Arc::new(Judge { shape, seed, history, moments: AtomicU64::new(0) });
     let watching = judge.clone();
     let observer = move |store: &FaultStore, operation| {
@@ -123,7 +150,7 @@ fn run(seed: u64) -> u64 {
             watching.look_at(store);
         }
     };
-    let store = Arc::new(FaultStore::observed(shape.create(), Box::new(observer)));
+    let store = Arc::new(FaultStore::observed(bytes, Box::new(observer)));
     let image = open(store.clone()).unwrap();
     for _ in 0..STEPS {
         step(&image, &*below, &judge, &mut random);

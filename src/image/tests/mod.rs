@@ -14,6 +14,7 @@ mod qemu;
 mod regressions;
 mod resizing;
 mod stale_pages;
+mod upkeep;
 
 use std::sync::Arc;
 
@@ -76,7 +77,7 @@ impl Shape {
         };
         let most = if cluster_bits < 13 { 300 } else { 2000 };
         let size = 512 * (1 + random.below(most));
-        let backing_len = random.below(3) * random.below(size);
+        let backing_len = random.pick(&[0, 1, 2]) * random.below(size);
         Self { version, cluster_bits, refcount_order, size, backing_len }
     }
 
@@ -90,6 +91,13 @@ impl Shape {
         };
         NewImage::plan(&options).unwrap().write(&store).unwrap();
         store.bytes()
+    }
+
+    /// The same in the words of `qemu-img`.
+    fn qemu_options(self) -> String {
+        let compat = if self.version == Version::V2 { "0.10" } else { "1.1" };
+        let (cluster, bits) = (1 << self.cluster_bits, 1 << self.refcount_order);
+        format!("compat={compat},cluster_size={cluster},refcount_bits={bits}")
     }
 
     fn below(self) -> Box<dyn Below> {

@@ -12,3 +12,15 @@ pub fn finds_at_most_leaks(bytes: &[u8], context: &str) {
     let said = String::from_utf8_lossy(&outcome.stdout);
     assert!([Some(0), Some(3)].contains(&outcome.status.code()), "{context}: {said}");
 }
+
+/// An image that holds `disk` in compressed clusters, as `qemu-img convert` makes it with `options`.
+pub fn packed(disk: &[u8], options: &str) -> Vec<u8> {
+    let dir = tempfile::tempdir().expect("make a directory");
+    let (raw, image) = (dir.path().join("raw"), dir.path().join("qcow2"));
+    std::fs::write(&raw, disk).expect("write a raw image");
+    let words = ["convert", "-c", "-f", "raw", "-O", "qcow2", "-o", options];
+    let outcome = Command::new("qemu-img").args(words).args([&raw, &image]).output();
+    let outcome = outcome.expect("this test needs qemu-img: run tests/run");
+    assert!(outcome.status.success(), "{}", String::from_utf8_lossy(&outcome.stderr));
+    std::fs::read(&image).expect("read an image")
+}
