@@ -9,6 +9,7 @@ const SHAPE: Shape = Shape {
     version: Version::V3,
     cluster_bits: 9,
     refcount_order: 4,
+    l2_form: L2Form::Standard,
     size: 120 << 10,
     backing_len: 90_000,
 };

@@ -91,11 +91,18 @@ fn step(image: &Image, below: &dyn Below, judge: &Judge, random: &mut Random) {
             let most = [SECTOR as u64, 40_000, 300_000][random.below(3) as usize];
             let more = random.below(most) + 1;
             let size = (image.size() + more).next_multiple_of(SECTOR as u64);
-            judge.history().grows(size);
+            judge.history().resizes(size);
             image.grow(below, size).unwrap();
             judge.history().flushed();
         }
-        2 | 3 => {
+        2 if judge.shape.version == Version::V3 || snapshots == 0 => {
+            let sectors = image.size() / SECTOR as u64;
+            let size = (1 + random.below(sectors)) * SECTOR as u64;
+            judge.history().resizes(size);
+            image.shrink(below, size).unwrap();
+            judge.history().flushed();
+        }
+        3 | 4 => {
             image.flush().unwrap();
             judge.history().flushed();
         }

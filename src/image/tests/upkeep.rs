@@ -8,6 +8,7 @@ const SHAPE: Shape = Shape {
     version: Version::V3,
     cluster_bits: 9,
     refcount_order: 4,
+    l2_form: L2Form::Standard,
     size: (60 << 10) + 512,
     backing_len: 0,
 };
