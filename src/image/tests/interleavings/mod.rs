@@ -193,7 +193,7 @@ fn run(scene: &Scene, scheduler: impl Scheduler + 'static) {
 
 /// Plays the scene in so many random schedules for each seed, and in as many that change few priorities.
 fn run_all(scene: &Scene, schedules: usize) {
-    for seed in seeds(2) {
+    for seed in seeds(10) {
         run(scene, RandomScheduler::new_from_seed(seed, schedules));
         run(scene, PctScheduler::new_from_seed(seed, 3, schedules));
     }
@@ -227,7 +227,7 @@ fn writes_discards_and_flushes_of_the_same_clusters_come_one_after_the_other_in_
     ] {
         let bytes = shuttled(move || image(shape, 7 * SECTOR));
         let scene = Scene { bytes, sectors: 0..24, structure: Structure::Fixed };
-        run_all(&scene, 1500);
+        run_all(&scene, 300);
     }
 }
 
@@ -236,7 +236,7 @@ fn snapshots_and_growth_among_writes_see_one_moment_in_every_schedule() {
     let shape = Shape { cluster_bits: 9, size: 60 * SECTOR, ..SHAPE };
     let bytes = shuttled(move || image(shape, 7 * SECTOR));
     let scene = Scene { bytes, sectors: 0..12, structure: Structure::SnapshotsAndGrowth };
-    run_all(&scene, 1500);
+    run_all(&scene, 300);
 }
 
 #[test]
@@ -253,7 +253,7 @@ fn writers_at_the_end_of_the_refcount_table_grow_it_once_in_every_schedule() {
         written += 1;
     };
     let scene = Scene { bytes, sectors: written - 5..written + 40, structure: Structure::Fixed };
-    run_all(&scene, 50);
+    run_all(&scene, 10);
 }
 
 /// Runs `make` where shuttle's locks work.
