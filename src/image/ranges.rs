@@ -108,17 +108,24 @@ mod tests {
     }
 
     #[test]
-    fn only_one_holds_a_range_exclusively() {
+    fn whoever_holds_a_range_exclusively_is_alone_and_sharers_see_each_other_only() {
+        const ALONE: u32 = 1000;
         let locks = RangeLocks::default();
         let inside = AtomicU32::new(0);
         std::thread::scope(|scope| {
-            for thread in 0..4_u64 {
+            for thread in 0..4_u32 {
                 let (locks, inside) = (&locks, &inside);
                 scope.spawn(move || {
-                    for _ in 0..500 {
-                        let _guard = locks.lock(range(thread, 5), Mode::Exclusive);
-                        assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0);
-                        inside.fetch_sub(1, Ordering::SeqCst);
+                    for round in 0..500 {
+                        let (mode, weight) = match (thread + round) % 2 {
+                            0 => (Mode::Shared, 1),
+                            _ => (Mode::Exclusive, ALONE),
+                        };
+                        let _guard = locks.lock(range(thread.into(), 5), mode);
+                        let others = inside.fetch_add(weight, Ordering::SeqCst);
+                        std::thread::yield_now();
+                        assert!(others == 0 || mode == Mode::Shared && others < ALONE);
+                        inside.fetch_sub(weight, Ordering::SeqCst);
                     }
                 });
             }

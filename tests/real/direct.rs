@@ -16,14 +16,14 @@ use crate::support::{K, M, index};
 const ALIGN: usize = 4096;
 
 /// Opens `disk` past the page cache.
-fn open_direct(disk: &Path) -> File {
+pub fn open_direct(disk: &Path) -> File {
     let mut options = File::options();
     options.read(true).write(true).custom_flags(libc::O_DIRECT);
     options.open(disk).expect("open with O_DIRECT")
 }
 
 /// Hands `use_it` a copy of `bytes` at an address that direct input and output accepts.
-fn aligned<T>(bytes: &[u8], use_it: impl FnOnce(&mut [u8]) -> T) -> T {
+pub fn aligned<T>(bytes: &[u8], use_it: impl FnOnce(&mut [u8]) -> T) -> T {
     let mut buffer = vec![0; bytes.len() + ALIGN];
     let start = buffer.as_ptr().align_offset(ALIGN);
     let place = &mut buffer[start..start + bytes.len()];
@@ -169,11 +169,18 @@ fn writers_and_hole_punchers_side_by_side_leave_a_clean_image() {
 
 #[test]
 fn qemu_img_converts_into_the_mounted_disk() {
-    for (compat, threads) in [("1.1", "16"), ("0.10", "1")] {
+    for (options, threads) in [
+        ("compat=1.1", "16"),
+        ("compat=1.1", "8"),
+        ("compat=1.1,cluster_size=4k", "4"),
+        ("compat=1.1,cluster_size=2M", "2"),
+        ("compat=0.10", "1"),
+        ("compat=0.10", "16"),
+    ] {
         let images = Images::new();
         let mut random = Random::new(73);
         let source = images.raw("source.raw", &random.bytes(index(24 * M)));
-        let image = images.create("disk.qcow2", 24 * M, &format!("compat={compat}"));
+        let image = images.create("disk.qcow2", 24 * M, options);
         let mounted = Mounted::new(&image);
         let words = args!["convert", "-n", "-W", "-m", threads, "-f", "raw", "-O", "raw"];
         let files = args!["-t", "none", source, mounted.disk()];

@@ -23,7 +23,7 @@ fn kill_daemon(mounted: &Mounted) {
 }
 
 /// Panics if QEMU finds more than leaked clusters.
-fn check_for_leaks_only(image: &Path) {
+pub fn check_for_leaks_only(image: &Path) {
     let outcome = attempt("qemu-img", &args!["check", image]);
     assert!([Some(0), Some(3)].contains(&outcome.code), "{outcome}");
 }

@@ -101,19 +101,25 @@ impl Twins {
         let kind = random.pick(&[[Kind::Clusters; 5], Kind::ALL].concat());
         let cluster = match kind {
             Kind::Subclusters | Kind::SubclustersOfDataFile => random.pick(&["16k", "64k", "512k"]),
-            _ => random.pick(&["512", "4k", "64k", "64k", "512k"]),
+            _ => random.pick(&["512", "4k", "64k", "64k", "512k", "2M"]),
         };
         let compat = match kind {
             Kind::Clusters => random.pick(&["0.10", "1.1", "1.1"]),
             _ => "1.1",
         };
-        let bits = if compat == "0.10" { 16 } else { random.pick(&[1, 4, 16, 16, 64]) };
-        let options = format!("compat={compat},cluster_size={cluster},refcount_bits={bits}");
+        let bits = if compat == "0.10" { 16 } else { random.pick(&[1, 2, 4, 8, 16, 16, 32, 64]) };
+        let mut options = format!("compat={compat},cluster_size={cluster},refcount_bits={bits}");
+        if kind == Kind::Clusters && compat == "1.1" {
+            options += random.pick(&["", ",lazy_refcounts=on", ",compression_type=zstd"]);
+        }
         let base = match kind {
             // It has to be readable by itself.
             Kind::RawDataFile => None,
             _ => Self::base(&images, random, size),
         };
+        if kind == Kind::Clusters && base.is_none() {
+            options += random.pick(&["", ",preallocation=metadata", ",preallocation=full"]);
+        }
         eprintln!("{size} bytes, {kind:?}, {options}, over {base:?}");
         let create = |name: &str| {
             let options = options.clone() + &kind.options(&images, name);
@@ -123,8 +129,16 @@ impl Twins {
             }
         };
         let (ours, twin) = (create("ours.qcow2"), create("twin.qcow2"));
+        if random.below(2) == 0 {
+            // Warm: in use before we come.
+            let script: Vec<_> =
+                (0..20).map(|_| Operation::random(random, size).for_qemu()).collect();
+            io(&ours, &script);
+            io(&twin, &script);
+        }
         let below = base.iter().map(|name| images.path(name)).collect();
-        let with_snapshots = bits > 1 && matches!(kind, Kind::Clusters | Kind::Subclusters);
+        // Two bits can't count a disk and three snapshots.
+        let with_snapshots = bits > 2 && matches!(kind, Kind::Clusters | Kind::Subclusters);
         Self { images, ours, twin, below, size, kind, with_snapshots }
     }
 

@@ -14,6 +14,7 @@ const SHAPE: Shape = Shape {
     refcount_order: 4,
     size: 200 << 10,
     backing_len: 0,
+    l2_form: L2Form::Standard,
 };
 
 const CLUSTER: u64 = 512;

@@ -126,6 +126,7 @@ fn threads_that_share_clusters_lose_nothing_and_a_power_cut_at_any_time_corrupts
         version,
         cluster_bits,
         refcount_order,
+        l2_form: L2Form::Standard,
         size,
         backing_len,
     };
@@ -168,6 +169,7 @@ fn many_writers_that_need_a_longer_refcount_table_get_one_and_no_more() {
         version: Version::V3,
         cluster_bits: 9,
         refcount_order: 6,
+        l2_form: L2Form::Standard,
         size: 3 << 20,
         backing_len: 0,
     };

@@ -40,8 +40,8 @@ impl History {
         self.states.push(next);
     }
 
-    /// The disk is being made longer.
-    pub fn grows(&mut self, size: u64) {
+    /// The disk is being made longer or shorter.
+    pub fn resizes(&mut self, size: u64) {
         let mut next = self.newest().clone();
         next.resize(size as usize, 0);
         self.states.push(next);

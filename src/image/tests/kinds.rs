@@ -3,7 +3,7 @@
 use super::*;
 use crate::image::{Companions, GuestCipher, SectorNumbering};
 use crate::qcow2::encryption::SectorCipher;
-use crate::qcow2::{L2Form, offsets};
+use crate::qcow2::offsets;
 
 /// Where an image keeps its data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -91,11 +91,18 @@ fn step(image: &Image, below: &dyn Below, judge: &Judge, random: &mut Random) {
             let most = [SECTOR as u64, 40_000, 300_000][random.below(3) as usize];
             let more = random.below(most) + 1;
             let size = (image.size() + more).next_multiple_of(SECTOR as u64);
-            judge.history().grows(size);
+            judge.history().resizes(size);
             image.grow(below, size).unwrap();
             judge.history().flushed();
         }
-        2 | 3 => {
+        2 if judge.shape.version == Version::V3 || snapshots == 0 => {
+            let sectors = image.size() / SECTOR as u64;
+            let size = (1 + random.below(sectors)) * SECTOR as u64;
+            judge.history().resizes(size);
+            image.shrink(below, size).unwrap();
+            judge.history().flushed();
+        }
+        3 | 4 => {
             image.flush().unwrap();
             judge.history().flushed();
         }
@@ -110,12 +117,39 @@ fn step(image: &Image, below: &dyn Below, judge: &Judge, random: &mut Random) {
     }
 }
 
+/// What a run begins with: the image and its disk.
+fn beginning(shape: Shape, random: &mut Random) -> (Vec<u8>, Vec<u8>) {
+    let mut disk = shape.empty_disk();
+    match random.below(3) {
+        0 => (shape.create(), disk),
+        1 if shape.backing_len == 0 => {
+            for number in 0..shape.size / 100 {
+                disk[number as usize * 100] = random.below(256) as u8;
+            }
+            (qemu::packed(&disk, &shape.qemu_options()), disk)
+        }
+        _ => {
+            let store = Arc::new(MemoryStore::new(shape.create()));
+            let (image, below) = (open(store.clone()).unwrap(), shape.below());
+            for _ in 0..30 {
+                let change = Change::of_sectors(random, shape.size);
+                change.apply_to_image(&image, &*below).unwrap();
+                change.apply_to_model(&mut disk);
+            }
+            image.flush_all().unwrap();
+            drop(image);
+            (store.bytes(), disk)
+        }
+    }
+}
+
 /// The number of moments that were judged.
 fn run(seed: u64) -> u64 {
     let mut random = Random::new(seed);
     let shape = Shape::random(&mut random);
     let below = shape.below();
-    let history = Mutex::new(History::new(shape.empty_disk(), SECTOR));
+    let (bytes, disk) = beginning(shape, &mut random);
+    let history = Mutex::new(History::new(disk, SECTOR));
     let judge = Arc::new(Judge { shape, seed, history, moments: AtomicU64::new(0) });
     let watching = judge.clone();
     let observer = move |store: &FaultStore, operation| {
@@ -123,7 +157,7 @@ fn run(seed: u64) -> u64 {
             watching.look_at(store);
         }
     };
-    let store = Arc::new(FaultStore::observed(shape.create(), Box::new(observer)));
+    let store = Arc::new(FaultStore::observed(bytes, Box::new(observer)));
     let image = open(store.clone()).unwrap();
     for _ in 0..STEPS {
         step(&image, &*below, &judge, &mut random);

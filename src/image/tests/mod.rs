@@ -5,6 +5,8 @@ mod checking;
 mod concurrent;
 mod failures;
 mod history;
+#[cfg(feature = "interleavings")]
+mod interleavings;
 mod kinds;
 mod long_cuts;
 mod model;
@@ -14,6 +16,7 @@ mod regressions;
 mod repairing;
 mod resizing;
 mod stale_pages;
+mod upkeep;
 
 use std::sync::Arc;
 
@@ -24,7 +27,7 @@ use super::{
     ZeroMode,
 };
 use crate::error::Result;
-use crate::qcow2::{Geometry, Version};
+use crate::qcow2::{Geometry, L2Form, Version};
 use crate::random::Random;
 use crate::store::Store;
 use crate::store::memory::MemoryStore;
@@ -64,6 +67,7 @@ struct Shape {
     version: Version,
     cluster_bits: u32,
     refcount_order: u32,
+    l2_form: L2Form,
     size: u64,
     backing_len: u64,
 }
@@ -78,8 +82,10 @@ impl Shape {
         };
         let most = if cluster_bits < 13 { 300 } else { 2000 };
         let size = 512 * (1 + random.below(most));
-        let backing_len = random.below(3) * random.below(size);
-        Self { version, cluster_bits, refcount_order, size, backing_len }
+        let backing_len = random.pick(&[0, 1, 2]) * random.below(size);
+        let extended = version == Version::V3 && cluster_bits >= 14 && random.below(2) == 0;
+        let l2_form = if extended { L2Form::Extended } else { L2Form::Standard };
+        Self { version, cluster_bits, refcount_order, l2_form, size, backing_len }
     }
 
     fn create(self) -> Vec<u8> {
@@ -87,11 +93,20 @@ impl Shape {
         let options = CreateOptions {
             size: self.size,
             version: self.version,
-            geometry: Geometry::new(self.cluster_bits, self.refcount_order),
+            geometry: Geometry::new(self.cluster_bits, self.refcount_order)
+                .with_l2_form(self.l2_form),
             backing: None,
         };
         NewImage::plan(&options).unwrap().write(&store).unwrap();
         store.bytes()
+    }
+
+    /// The same in the words of `qemu-img`.
+    fn qemu_options(self) -> String {
+        let compat = if self.version == Version::V2 { "0.10" } else { "1.1" };
+        let (cluster, bits) = (1 << self.cluster_bits, 1 << self.refcount_order);
+        let extended = if self.l2_form == L2Form::Extended { ",extended_l2=on" } else { "" };
+        format!("compat={compat},cluster_size={cluster},refcount_bits={bits}{extended}")
     }
 
     fn below(self) -> Box<dyn Below> {

@@ -19,7 +19,8 @@ const fn shape(
     size: u64,
     backing_len: u64,
 ) -> Shape {
-    Shape { version, cluster_bits, refcount_order, size, backing_len }
+    let l2_form = L2Form::Standard;
+    Shape { version, cluster_bits, refcount_order, l2_form, size, backing_len }
 }
 
 #[test]

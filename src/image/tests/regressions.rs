@@ -8,6 +8,7 @@ const SHAPE: Shape = Shape {
     version: Version::V3,
     cluster_bits: 9,
     refcount_order: 4,
+    l2_form: L2Form::Standard,
     size: 120 << 10,
     backing_len: 0,
 };
@@ -175,4 +176,17 @@ fn a_snapshot_whose_l1_table_is_nowhere_is_an_error_when_it_is_read() {
         let found = image.map(crate::image::Tree::Snapshot(tree), range);
         assert!(found.is_err_and(|error| error.to_string().contains("l1_table_offset")));
     }
+}
+
+#[test]
+fn a_snapshot_is_not_named_like_another_nor_like_anothers_number() {
+    let (store, image) = written();
+    image.create_snapshot("first").unwrap();
+    for taken in ["first", "1", ""] {
+        let next = store.operations();
+        assert!(image.create_snapshot(taken).is_err(), "{taken:?}");
+        assert_eq!(store.operations(), next, "a refused snapshot changed the image");
+    }
+    image.create_snapshot("2").unwrap();
+    assert_eq!(image.snapshots().len(), 2);
 }

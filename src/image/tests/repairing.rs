@@ -14,7 +14,7 @@ const SHAPES: [Shape; 4] = [
 ];
 
 const fn shape(version: Version, cluster_bits: u32, refcount_order: u32, size: u64) -> Shape {
-    Shape { version, cluster_bits, refcount_order, size, backing_len: 0 }
+    Shape { version, cluster_bits, refcount_order, size, backing_len: 0, l2_form: L2Form::Standard }
 }
 
 /// The bytes of the active disk and of all snapshots.

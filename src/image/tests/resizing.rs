@@ -5,7 +5,14 @@ use crate::store::fault::{FaultStore, Survivors};
 use checker::{Findings, check};
 
 fn shape(cluster_bits: u32, backing_len: u64) -> Shape {
-    Shape { version: Version::V3, cluster_bits, refcount_order: 4, size: 200 << 10, backing_len }
+    Shape {
+        version: Version::V3,
+        cluster_bits,
+        refcount_order: 4,
+        l2_form: L2Form::Standard,
+        size: 200 << 10,
+        backing_len,
+    }
 }
 
 fn resize(image: &Image, below: &dyn Below, model: &mut Vec<u8>, size: u64) {

@@ -10,6 +10,7 @@ const SHAPE: Shape = Shape {
     version: Version::V3,
     cluster_bits: 9,
     refcount_order: 4,
+    l2_form: L2Form::Standard,
     size: 64 << 10,
     backing_len: 0,
 };
@@ -29,7 +30,8 @@ fn written() -> Vec<u8> {
 
 #[test]
 fn a_page_that_was_read_before_a_flush_does_not_replace_what_the_flush_wrote() {
-    let meanwhile: Arc<Mutex<Option<Box<dyn FnOnce() + Send>>>> = Arc::default();
+    type Meanwhile = Box<dyn FnOnce() + Send>;
+    let meanwhile: Arc<Mutex<Option<Meanwhile>>> = Arc::default();
     let waiting = meanwhile.clone();
     let observer = move |_: &FaultStore, operation| {
         let act = (operation == Operation::Read).then(|| waiting.lock().unwrap().take()).flatten();

@@ -3,7 +3,9 @@
 pub mod foreground;
 pub mod held;
 pub mod images;
+pub mod load;
 pub mod loopdev;
+pub mod mapped;
 pub mod mounted;
 pub mod mounted_file;
 pub mod oracle;
