@@ -104,10 +104,12 @@ fn look(image: &Image, tree: Tree<'_>, size: u64) {
 fuzz_target!(|bytes: &[u8]| {
     let store = || Arc::new(Bytes(Mutex::new(bytes.to_vec())));
     // The key of the old AES costs nothing to derive; an image that is not encrypted does without.
-    let cipher = SectorCipher::legacy_aes(b"key").expect("any key will do");
-    let cipher = Some(GuestCipher { cipher, numbering: SectorNumbering::Guest });
-    let companions = Companions { cipher, ..Companions::default() };
-    if let Ok(image) = Image::open_with(store(), Writability::ReadOnly, companions) {
+    let companions = || {
+        let cipher = SectorCipher::legacy_aes(b"key").expect("any key will do");
+        let cipher = Some(GuestCipher { cipher, numbering: SectorNumbering::Guest });
+        Companions { cipher, ..Companions::default() }
+    };
+    if let Ok(image) = Image::open_with(store(), Writability::ReadOnly, companions()) {
         look(&image, Tree::Active, image.size());
         for snapshot in image.snapshots().iter().take(8) {
             look(&image, Tree::Snapshot(snapshot), snapshot.size());
@@ -121,11 +123,17 @@ fuzz_target!(|bytes: &[u8]| {
         let cluster_size = header.geometry.cluster_size();
         header.l1_entries <= 1024 && u64::from(header.reftable_clusters) * cluster_size <= 16384
     };
-    if let Some(image) = Image::open(store(), Writability::Writable).ok().filter(small) {
+    if let Some(image) =
+        Image::open_with(store(), Writability::Writable, companions()).ok().filter(small)
+    {
         let len = image.size().min(3000);
         let _ = image.write(&Nothing, GuestOffset::ZERO, &vec![1; len as usize]);
         let middle = GuestOffset::new(image.size() / 2);
-        let _ = image.zero(&Nothing, GuestRange::new(middle, image.size().min(100_000) / 2), ZeroMode::Unmap);
+        let _ = image.zero(
+            &Nothing,
+            GuestRange::new(middle, image.size().min(100_000) / 2),
+            ZeroMode::Unmap,
+        );
         let _ = image.create_snapshot("fuzzed");
         let _ = image.write(&Nothing, GuestOffset::ZERO, &vec![2; len as usize]);
         let _ = image.flush_all();
