@@ -144,7 +144,7 @@ fn judge(case: &Case, workshop: &mut Workshop) -> Result<(), String> {
         change.apply(image);
     }
     behaves(image);
-    survives_writing(image);
+    survives_writing(image, workshop);
     let theirs = read_by_qemu(case.kind, image, workshop);
     let ours = read_by_us(case.kind, image, workshop);
     let found = match (&theirs, &ours) {
@@ -188,13 +188,13 @@ fn behaves(image: &Path) {
 }
 
 /// A writer neither panics nor hangs nor makes the file grow without bound, whatever becomes of the image.
-fn survives_writing(image: &Path) {
+fn survives_writing(image: &Path, workshop: &Workshop) {
     let start = Instant::now();
     let copy = &image.with_extension("written");
     fs::copy(image, copy).expect("copy an image");
     let before = allocated(copy);
     let write = || -> Result<()> {
-        let options = OpenOptions { writability: Writability::Writable, ..OpenOptions::default() };
+        let options = OpenOptions { writability: Writability::Writable, ..with_key(workshop) };
         let chain = Arc::new(Chain::open(copy, &options)?);
         let view = chain.view(0)?;
         for at in (0..view.size().min(READ)).step_by(100_000) {
@@ -239,9 +239,7 @@ fn read_by_qemu(kind: Kind, image: &Path, workshop: &Workshop) -> Result<Vec<u8>
 /// The first bytes that we read, or what we say.
 fn read_by_us(kind: Kind, image: &Path, workshop: &Workshop) -> Result<Vec<u8>, String> {
     let start = Instant::now();
-    let mut secrets = Secrets::default();
-    secrets.add(SecretFor::AnyMember, SecretSource::File(workshop.key().to_path_buf()));
-    let options = OpenOptions { secrets, ..OpenOptions::default() };
+    let options = with_key(workshop);
     let read = || -> Result<Vec<u8>> {
         let chain = Arc::new(Chain::open(image, &options)?);
         let image = chain.active_image().expect("a qcow2 image");
@@ -260,6 +258,12 @@ fn read_by_us(kind: Kind, image: &Path, workshop: &Workshop) -> Result<Vec<u8>, 
     let read = read().map_err(|error| error.to_string());
     assert!(start.elapsed() < PATIENCE, "too slow: {}", image.display());
     read
+}
+
+fn with_key(workshop: &Workshop) -> OpenOptions {
+    let mut secrets = Secrets::default();
+    secrets.add(SecretFor::AnyMember, SecretSource::File(workshop.key().to_path_buf()));
+    OpenOptions { secrets, ..OpenOptions::default() }
 }
 
 impl Change {
