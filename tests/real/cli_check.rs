@@ -215,6 +215,8 @@ fn check_on_compressed_clusters_bitmaps_and_data_files_is_that_of_qemu() {
         run("qemu-img", &args!["create", "-q", "-f", "qcow2", "-o", options, image, "4M"]);
         io(&image, &["write -P 5 100k 300k", "write -P 6 1M 5k"]);
         says_what_qemu_says(&image);
+        io(&image, &["write -P 7 0 64k", "write -z 0 128k"]);
+        says_what_qemu_says(&image);
         let parts = Parts::of(&image);
         let entry = number(&image, parts.l2 + 16);
         poke(&image, parts.l2 + 16, &(entry & !COPIED).to_be_bytes());

@@ -287,7 +287,9 @@ impl Walk<'_, '_, '_> {
         if extended && raw.has_contradictory_subclusters() {
             self.broken(format!("cluster at {host} has a corrupted subcluster bitmap"));
         }
-        if host == HostOffset::ZERO && !(external && raw.is_copied()) {
+        // Zeroes with offset 0 have no cluster, not even the first one of a data file: so QEMU counts them.
+        let is_first = external && raw.is_copied() && !raw.has_zero_flag();
+        if host == HostOffset::ZERO && !is_first {
             if raw.has_allocated_subclusters() {
                 self.broken("unallocated cluster with allocated subclusters".to_owned());
             }

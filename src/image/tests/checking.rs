@@ -146,6 +146,19 @@ fn a_flag_that_does_not_agree_with_the_refcount_is_found() {
 }
 
 #[test]
+fn a_refcount_of_a_cluster_behind_the_end_of_the_file_is_a_leak() {
+    finds(
+        |bytes, _| {
+            let header = header_of(bytes);
+            let block = word(bytes, header.reftable_offset.get());
+            let behind = bytes.len() as u64 / CLUSTER + 3;
+            put(bytes, block + behind * 2, &1_u16.to_be_bytes());
+        },
+        &[|one| matches!(one, Finding::Leak { refcount: 1, references: 0, .. })],
+    );
+}
+
+#[test]
 fn entries_that_the_format_does_not_allow_are_found() {
     let broken: fn(&Finding) -> bool = |one| matches!(one, Finding::Broken { .. });
     for raw in [2, 1 << 57, 4] {
