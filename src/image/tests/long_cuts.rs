@@ -84,8 +84,10 @@ fn step(image: &Image, below: &dyn Below, judge: &Judge, random: &mut Random) {
             judge.history().begins_snapshot(&name);
             let made = image.create_snapshot(&name);
             judge.history().ends_snapshot(&made);
-            // One bit counts no second reference, two bits no fourth.
-            assert!(made.is_ok() || judge.shape.refcount_order <= 1, "no snapshot was made");
+            // One bit counts no second reference, four bits no second one of many compressed clusters.
+            if let Err(error) = made.map(drop) {
+                assert!(format!("{error:?}").contains("bit refcounts can count"), "{error:?}");
+            }
         }
         1 if judge.shape.version == Version::V3 || snapshots == 0 => {
             let most = [SECTOR as u64, 40_000, 300_000][random.below(3) as usize];
