@@ -34,8 +34,10 @@ pub fn umount(mountpoint: &Path, how: Detach) -> Result<()> {
     match open_disk(&mountpoint) {
         // While the mount is still there, whatever goes wrong can be told.
         Ok(disk) => disk.sync_all().doing("make all changes durable").at(&mountpoint)?,
-        // Its process is dead: there is nothing left to lose or to wait for.
-        Err(error) if error.raw_os_error() == Some(libc::ENOTCONN) => {
+        // Its process is dead, or just dying: there is nothing left to lose or to wait for.
+        Err(error)
+            if [Some(libc::ENOTCONN), Some(libc::ECONNABORTED)].contains(&error.raw_os_error()) =>
+        {
             return detach(&mountpoint, Detach::Now);
         }
         // Root may unmount what only its owner may look into. Its process makes all durable when it ends.
