@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use crate::error::{Doing, Result};
 use crate::image::{Content, Image, Place, Run, Tree};
-use crate::store::{FileStore, Store};
+use crate::store::{FileStore, MappedRun, Store};
 use crate::units::{GuestOffset, GuestRange, HostOffset};
 
 /// A member of a chain: its file and how to read it.
@@ -141,6 +141,18 @@ impl Member {
                 buf.fill(0);
                 Ok(())
             }
+        }
+    }
+
+    /// See [`Image::mapped_content`].
+    pub(super) fn mapped_content(&self, content: Content, len: u64) -> Option<MappedRun> {
+        match (&self.disk, content) {
+            (Disk::Qcow2(image), content) => image.mapped_content(content, len),
+            (Disk::Raw(_), Content::Data(place)) => {
+                let start = place.host.get();
+                self.store.mapped(start..start.checked_add(len)?)
+            }
+            (Disk::Raw(_), _) => None,
         }
     }
 

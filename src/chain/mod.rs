@@ -117,6 +117,11 @@ impl Chain {
         }
     }
 
+    /// Gives back memory that only speeds up what is going on: to be called now and then.
+    pub fn tidy(&self) {
+        self.members.iter().for_each(|member| member.data_store().let_go());
+    }
+
     /// Leaves the active layer as a clean close does: all durable, no cluster leaked.
     ///
     /// # Errors

@@ -7,6 +7,7 @@ use super::Chain;
 use super::resolved::{MapId, ResolvedMaps};
 use crate::error::{At, Doing, Error, Problem, Result};
 use crate::image::{Below, Image, RangeGuard, SnapshotTree, Tree, ZeroMode};
+use crate::store::MappedRun;
 use crate::units::{GuestOffset, GuestRange};
 
 /// A view of an open chain.
@@ -110,6 +111,13 @@ impl View {
             buf = rest;
         }
         Ok(())
+    }
+
+    /// The bytes of `range` without copying them, if they are all in one run of a file and the view can't change.
+    pub fn mapped(&self, range: GuestRange) -> Option<MappedRun> {
+        self.map?;
+        let extent = self.look_up(range).ok().filter(|extent| extent.range == range)?;
+        self.chain.members()[extent.member].mapped_content(extent.content, range.len)
     }
 
     /// Writes `data` at `offset`.

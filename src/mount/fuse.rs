@@ -4,6 +4,7 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::io;
+use std::num::NonZeroUsize;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,12 +18,15 @@ use fuser::{
     ReplyStatfs, ReplyWrite, Request, TimeOrNow, WriteFlags,
 };
 
+use super::crew::Crew;
 use super::inode::Inode;
 use super::tree::{Attributes, Caching, Entry, Handle, Kind, Lifetime, OpenFor, PastEnd, Tree};
 use crate::error::Result;
 
 /// Bytes in one request at most; the kernel's own limit is the same.
 const MAX_REQUEST: u32 = 1 << 20;
+/// A read of so many bytes is cheaper without copying, though mapping them costs something, too.
+const WORTH_MAPPING: u32 = 128 << 10;
 /// Requests that the kernel may have under way in the background: readahead, direct I/O in parts.
 const MAX_BACKGROUND: u16 = 256;
 /// What the block sizes of `stat` and `statfs` are; loop devices take the latter as discard granularity.
@@ -38,11 +42,18 @@ pub(super) struct Fuse {
     /// What open directories list, as of when they were opened.
     listings: RwLock<HashMap<u64, Arc<Vec<Entry>>>>,
     next_listing: AtomicU64,
+    crew: Crew,
 }
 
 impl Fuse {
     pub fn new(tree: Arc<Tree>) -> Self {
-        Self { tree, listings: RwLock::default(), next_listing: AtomicU64::new(0) }
+        let processors = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        Self {
+            tree,
+            listings: RwLock::default(),
+            next_listing: AtomicU64::new(0),
+            crew: Crew::new(processors),
+        }
     }
 
     /// Calls `f`, with errors as the numbers that the kernel wants. A panic is a bug that must cost a request its
@@ -182,6 +193,12 @@ impl Filesystem for Fuse {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
+        let _turn = self.crew.turn(0);
+        if size >= WORTH_MAPPING
+            && let Some(run) = self.tree.mapped(Handle(handle.0), offset, size.into())
+        {
+            return reply.data(run.bytes());
+        }
         thread_local! {
             static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
         }
@@ -209,6 +226,7 @@ impl Filesystem for Fuse {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
+        let _turn = self.crew.turn(data.len() as u64);
         let written = self.answer("write", inode, |tree| {
             let len = tree.write(Handle(handle.0), offset, data)?;
             // The bit of O_DSYNC is part of O_SYNC, too.
@@ -254,6 +272,7 @@ impl Filesystem for Fuse {
         _datasync: bool,
         reply: ReplyEmpty,
     ) {
+        let _turn = self.crew.turn(0);
         let synced = self.answer("fsync", inode, |tree| tree.sync());
         reply!(reply, synced, () => reply.ok());
     }

@@ -4,6 +4,7 @@
 //! between it and the kernel's requests. `attach` puts the connection onto a mountpoint, `session` runs it.
 
 mod attach;
+mod crew;
 mod documents;
 mod fuse;
 mod in_use;

@@ -5,12 +5,14 @@ use std::io::{self, ErrorKind, IoSlice};
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::uio::pwritev;
 use nix::unistd::{Whence, lseek};
 
+use super::mapping::{MappedRun, Mapping};
 use super::{LockMode, Store, lock};
 use crate::error::{Doing, Error, Problem, Result};
 use crate::units::HostOffset;
@@ -19,6 +21,8 @@ use crate::units::HostOffset;
 pub struct FileStore {
     file: File,
     id: FileId,
+    /// Made when first asked for; `None` if it can't be had.
+    mapping: OnceLock<Option<Arc<Mapping>>>,
 }
 
 /// What a file is opened for.
@@ -95,7 +99,7 @@ impl FileStore {
             return Err(Error::new(Problem::NotARegularFile));
         }
         let id = FileId { device: metadata.dev(), inode: metadata.ino() };
-        Ok(Self { file, id })
+        Ok(Self { file, id, mapping: OnceLock::new() })
     }
 
     /// Takes QEMU's image locks (see [`LockMode`]); they last as long as this value.
@@ -207,6 +211,16 @@ impl Store for FileStore {
                 let hole = lseek(&self.file, data, Whence::SeekHole)?;
                 Ok(Some(data.cast_unsigned()..hole.cast_unsigned()))
             }
+        }
+    }
+
+    fn mapped(&self, range: Range<u64>) -> Option<MappedRun> {
+        self.mapping.get_or_init(|| Mapping::new(&self.file).ok()).as_ref()?.run(range)
+    }
+
+    fn let_go(&self) {
+        if let Some(Some(mapping)) = self.mapping.get() {
+            mapping.let_go();
         }
     }
 

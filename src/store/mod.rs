@@ -5,12 +5,14 @@ mod absent;
 pub(crate) mod fault;
 mod file;
 mod lock;
+mod mapping;
 #[cfg(test)]
 pub(crate) mod memory;
 
 pub use absent::Absent;
 pub use file::{Access, FileId, FileStore};
 pub use lock::{LockMode, holders};
+pub use mapping::MappedRun;
 
 use std::io;
 use std::ops::Range;
@@ -71,6 +73,14 @@ pub trait Store: Send + Sync {
     /// # Errors
     /// The operating system's answer.
     fn next_data(&self, from: HostOffset) -> io::Result<Option<Range<u64>>>;
+
+    /// The bytes of a range without copying them, of a file that nobody changes; `None` where that can't be had.
+    fn mapped(&self, _range: Range<u64>) -> Option<MappedRun> {
+        None
+    }
+
+    /// Gives back the address space's hold on what [`Store::mapped`] has mapped.
+    fn let_go(&self) {}
 
     /// Bytes of storage that the file occupies.
     ///

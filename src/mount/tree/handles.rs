@@ -9,6 +9,7 @@ use crate::chain::View;
 use crate::error::{Error, Problem, Result};
 use crate::image::ZeroMode;
 use crate::mount::inode::Inode;
+use crate::store::MappedRun;
 use crate::units::GuestRange;
 
 /// The number of an open file.
@@ -134,6 +135,18 @@ impl Tree {
                     view.read(range.start + offset, &mut buf[..len])?;
                 }
                 Ok(len)
+            }
+        }
+    }
+
+    /// What [`Self::read`] would read of `len` bytes, without copying it, where that can be had.
+    pub fn mapped(&self, handle: Handle, offset: u64, len: u64) -> Option<MappedRun> {
+        match &*self.handles.get(handle).ok()? {
+            Open::Document(_) => None,
+            Open::Disk { view, window } => {
+                let range = window.range(view);
+                let len = range.len.checked_sub(offset)?.min(len);
+                view.mapped(GuestRange::new(range.start + offset, len))
             }
         }
     }
