@@ -325,6 +325,7 @@ impl Allocator {
         self.layout.check_data(host, cluster_size)?;
         self.grow_file(store, host.get() + cluster_size)?;
         store.reserve(host, cluster_size).doing("find space for its refcounts")?;
+        self.reftable.reserve(store, block)?;
         self.layout.claim(host, cluster_size, Owner::RefcountBlock)?;
         pages.forget(host, cluster_size);
         for page in (0..cluster_size).step_by(pages.page_size() as usize) {

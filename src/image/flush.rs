@@ -161,8 +161,11 @@ impl Image {
     }
 
     /// Marks the image corrupt if `error` says that it is, and closes it for writing. Called without locks.
+    ///
+    /// An error that names a file came from below: that one is corrupt, and this image as good as before.
     pub(super) fn note(&self, error: Error) -> Error {
-        if matches!(error.problem(), Problem::Corrupt { .. }) && self.is_writable() {
+        let is_ours = error.path().is_none();
+        if is_ours && matches!(error.problem(), Problem::Corrupt { .. }) && self.is_writable() {
             log::error!("{error}");
             if !self.closed.swap(true, Ordering::AcqRel) {
                 self.mark_corrupt();

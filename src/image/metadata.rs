@@ -42,6 +42,7 @@ impl Metadata {
             L1Entry::Table { host, copied: false } => Some(host),
             L1Entry::Unallocated => None,
         };
+        self.l1.reserve(store, l1_index)?;
         let (allocator, pages) = self.writer()?;
         let host = match allocator.allocate_table(pages, store)? {
             Allocation::Run(run) => run.start,

@@ -104,8 +104,15 @@ impl Pages {
     }
 
     /// The page that begins at `at`, for changing; `kind` counts if it was clean.
+    ///
+    /// # Errors
+    /// Failing reads; no space on the host, which must not be found out by a flush: a page of zeroes may be a hole of
+    /// the file, as `cp --sparse=always` makes them of tables, too.
     pub fn modify(&mut self, store: &dyn Store, at: HostOffset, kind: Kind) -> Result<&mut [u8]> {
         let bytes = self.load(store, at)?;
+        if !self.dirty.contains_key(&at) && bytes.iter().all(|&byte| byte == 0) {
+            store.reserve(at, self.page_size).doing("find space for its metadata")?;
+        }
         self.clean.pop(&at);
         let dirty = self.dirty.entry(at).or_insert(Dirty { bytes, kind, change: 0 });
         dirty.change += 1;

@@ -57,6 +57,20 @@ impl Table {
         self.entries.get(index).copied().unwrap_or(0)
     }
 
+    /// Makes sure that the sector of the entry at `index` has space on the host: it may be in a hole of the file.
+    ///
+    /// # Errors
+    /// No space.
+    pub fn reserve(&self, store: &dyn Store, index: usize) -> Result<()> {
+        let sector = index / SECTOR_ENTRIES;
+        let entries = self.entries.chunks(SECTOR_ENTRIES).nth(sector).unwrap_or_default();
+        if entries.iter().any(|&entry| entry != 0) {
+            return Ok(());
+        }
+        let start = self.offset + (sector * SECTOR_ENTRIES) as u64 * 8;
+        store.reserve(start, entries.len() as u64 * 8).doing("find space for a table")
+    }
+
     /// Changes the entry at `index`, which exists.
     pub fn set(&mut self, index: usize, entry: u64) {
         self.entries[index] = entry;

@@ -109,3 +109,37 @@ fn a_full_disk_does_not_keep_anybody_from_discarding() {
     check(&image);
     assert_eq!(bytes_of(&image)[index(4 * M)..index(5 * M)], vec![7; index(M)]);
 }
+
+/// A copy of `image` in which each block of zeroes is a hole, also those of tables.
+fn copy_with_holes(image: &Path, to: &Path) {
+    run("cp", &args!["--sparse=always", image, to]);
+}
+
+#[test]
+fn a_full_disk_stays_an_ordinary_error_where_tables_are_in_holes() {
+    let host = FileSystem::with_room_for(24 * M);
+    let directory = tempfile::tempdir().expect("make a directory");
+    let made = directory.path().join("made.qcow2");
+    create(&made, 400 * M, "cluster_size=64k");
+    // The next cluster is the first that the second page of the refcount block counts.
+    let first_free = 2048 * 64 * K - 5 * 64 * K;
+    let zeroes = format!("write -q -P 0 0 {first_free}");
+    run("qemu-io", &args!["-f", "qcow2", "-c", zeroes, &made]);
+    assert_eq!(fs::metadata(&made).expect("look at it").len(), 2048 * 64 * K);
+    let image = host.path("disk.qcow2");
+    copy_with_holes(&made, &image);
+
+    let mounted = Mounted::new(&image);
+    let disk = File::options().read(true).write(true).open(mounted.disk()).expect("open");
+    fill_up(&host.path("ballast"), 0);
+    let data = vec![5; index(64 * K)];
+    let error = disk.write_all_at(&data, first_free).expect_err("there is no space");
+    assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+    disk.sync_all().expect("nothing waits for space");
+    fs::remove_file(host.path("ballast.rest")).expect("make room");
+    disk.write_all_at(&data, first_free).expect("there is space again");
+    disk.sync_all().expect("sync");
+    drop(disk);
+    mounted.umount();
+    check(&image);
+}

@@ -1,6 +1,9 @@
 //! Stores that fail: what fails is told, what was there stays.
 
+use std::path::Path;
+
 use super::*;
+use crate::error::Error;
 use crate::random::seeds;
 use crate::store::fault::FaultStore;
 use checker::check;
@@ -89,4 +92,28 @@ fn after_a_failed_sync_the_image_takes_no_more_writes_and_still_reads() {
     let mut buf = [0; 5000];
     image.read_active(&*below, GuestOffset::new(1000), &mut buf).unwrap();
     assert_eq!(buf, [9; 5000]);
+}
+
+/// A backing file with an impossible table.
+struct CorruptBelow;
+
+impl Below for CorruptBelow {
+    fn read(&self, _offset: GuestOffset, _buf: &mut [u8]) -> Result<()> {
+        Err(Error::corrupt("an L2 entry").at(Path::new("base.qcow2")))
+    }
+
+    fn is_zero(&self, range: GuestRange) -> Result<bool> {
+        self.read(range.start, &mut []).map(|()| false)
+    }
+}
+
+#[test]
+fn a_corrupt_backing_file_does_not_make_its_overlay_corrupt() {
+    let store = Arc::new(MemoryStore::new(SHAPE.create()));
+    let image = open(store.clone()).unwrap();
+    assert!(image.write(&CorruptBelow, GuestOffset::new(100), &[1; 10]).is_err());
+    image.write(&CorruptBelow, GuestOffset::ZERO, &[1; 512]).unwrap();
+    image.flush_all().unwrap();
+    drop(image);
+    open(store).unwrap();
 }
