@@ -3,7 +3,7 @@
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::Store;
 use super::memory::MemoryStore;
@@ -19,10 +19,16 @@ pub struct FaultStore {
     live: MemoryStore,
     /// What was on stable storage at the last sync, and the changes since.
     durable: Mutex<Durable>,
+    /// Shared with the stores beside it.
+    clock: Arc<Clock>,
+    observer: Option<Observer>,
+}
+
+/// Counts the operations of stores that fail at the same time.
+struct Clock {
     operations: AtomicU64,
     fail_from: AtomicU64,
     fail_until: AtomicU64,
-    observer: Option<Observer>,
 }
 
 /// Told of each changing operation before it is done and of each read after it, under no lock of the store.
@@ -71,11 +77,18 @@ impl FaultStore {
         Self {
             live: MemoryStore::new(bytes.clone()),
             durable: Mutex::new(Durable { synced: bytes, pending: Vec::new() }),
-            operations: AtomicU64::new(0),
-            fail_from: AtomicU64::new(u64::MAX),
-            fail_until: AtomicU64::new(u64::MAX),
+            clock: Arc::new(Clock {
+                operations: AtomicU64::new(0),
+                fail_from: AtomicU64::new(u64::MAX),
+                fail_until: AtomicU64::new(u64::MAX),
+            }),
             observer: None,
         }
+    }
+
+    /// A store that holds `bytes` on the same machine as this one: their operations are counted together.
+    pub fn beside(&self, bytes: Vec<u8>) -> Self {
+        Self { clock: self.clock.clone(), ..Self::new(bytes) }
     }
 
     /// As [`Self::new`], with somebody who looks at it before each changing operation.
@@ -85,13 +98,13 @@ impl FaultStore {
 
     /// How many changing operations were asked for.
     pub fn operations(&self) -> u64 {
-        self.operations.load(Ordering::SeqCst)
+        self.clock.operations.load(Ordering::SeqCst)
     }
 
     /// Lets the changing operations with these numbers, counted from 0, fail with EIO.
     pub fn fail(&self, numbers: Range<u64>) {
-        self.fail_from.store(numbers.start, Ordering::SeqCst);
-        self.fail_until.store(numbers.end, Ordering::SeqCst);
+        self.clock.fail_from.store(numbers.start, Ordering::SeqCst);
+        self.clock.fail_until.store(numbers.end, Ordering::SeqCst);
     }
 
     /// What the file holds after a power cut now.
@@ -134,8 +147,9 @@ impl FaultStore {
 
     fn begin(&self, operation: Operation) -> io::Result<()> {
         self.observe(operation);
-        let number = self.operations.fetch_add(1, Ordering::SeqCst);
-        let failing = self.fail_from.load(Ordering::SeqCst)..self.fail_until.load(Ordering::SeqCst);
+        let number = self.clock.operations.fetch_add(1, Ordering::SeqCst);
+        let failing = self.clock.fail_from.load(Ordering::SeqCst)
+            ..self.clock.fail_until.load(Ordering::SeqCst);
         if failing.contains(&number) {
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }

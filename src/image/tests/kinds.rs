@@ -7,22 +7,22 @@ use crate::qcow2::offsets;
 
 /// Where an image keeps its data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Data {
+pub enum Data {
     Inside,
     File,
     RawFile,
 }
 
 /// Whether it is encrypted, and what numbers its sectors.
-type Encrypted = Option<SectorNumbering>;
+pub type Encrypted = Option<SectorNumbering>;
 
 #[derive(Debug, Clone, Copy)]
-struct Kind {
-    cluster_bits: u32,
-    l2_form: L2Form,
-    data: Data,
-    encrypted: Encrypted,
-    backing_len: u64,
+pub struct Kind {
+    pub cluster_bits: u32,
+    pub l2_form: L2Form,
+    pub data: Data,
+    pub encrypted: Encrypted,
+    pub backing_len: u64,
 }
 
 const fn kind(cluster_bits: u32, l2_form: L2Form, data: Data, encrypted: Encrypted) -> Kind {
@@ -36,7 +36,7 @@ const fn kind(cluster_bits: u32, l2_form: L2Form, data: Data, encrypted: Encrypt
 const GUEST: Encrypted = Some(SectorNumbering::Guest);
 const HOST: Encrypted = Some(SectorNumbering::Host);
 
-const KINDS: [Kind; 12] = [
+pub const KINDS: [Kind; 12] = [
     kind(14, L2Form::Extended, Data::Inside, None),
     kind(16, L2Form::Extended, Data::Inside, None),
     kind(9, L2Form::Standard, Data::Inside, GUEST),
@@ -60,44 +60,71 @@ struct Files {
     data: Arc<MemoryStore>,
 }
 
-impl Files {
-    fn create(kind: Kind) -> Self {
+impl Kind {
+    /// The image file of an empty disk of `size` bytes.
+    pub fn create(self, size: u64) -> Vec<u8> {
         let store = MemoryStore::default();
         let options = CreateOptions {
-            size: SIZE,
+            size,
             version: Version::V3,
-            geometry: Geometry::new(kind.cluster_bits, 4).with_l2_form(kind.l2_form),
+            geometry: Geometry::new(self.cluster_bits, 4).with_l2_form(self.l2_form),
             backing: None,
         };
         NewImage::plan(&options).unwrap().write(&store).unwrap();
         let mut bytes = store.bytes();
-        if kind.data != Data::Inside {
+        if self.data != Data::Inside {
             bytes[offsets::INCOMPATIBLE.get() as usize + 7] |= 1 << 2;
         }
-        if kind.data == Data::RawFile {
+        if self.data == Data::RawFile {
             bytes[offsets::AUTOCLEAR.get() as usize + 7] |= 1 << 1;
         }
-        if kind.encrypted.is_some() {
+        if self.encrypted.is_some() {
             // The method with no header of its own: which numbers its sectors have is up to the cipher given below.
             bytes[35] = 1;
         }
-        Self { kind, image: Arc::new(MemoryStore::new(bytes)), data: Arc::default() }
+        bytes
     }
 
-    fn open(&self, writability: Writability) -> Image {
-        let cipher = self.kind.encrypted.map(|numbering| GuestCipher {
+    pub fn open(
+        self,
+        image: Arc<dyn Store>,
+        data: Arc<dyn Store>,
+        writability: Writability,
+    ) -> Image {
+        let cipher = self.encrypted.map(|numbering| GuestCipher {
             cipher: SectorCipher::legacy_aes(b"key").unwrap(),
             numbering,
         });
-        let companions = Companions { data_file: Some(self.data.clone()), cipher };
-        Image::open_with(self.image.clone(), writability, companions).unwrap()
+        let companions = Companions { data_file: Some(data), cipher };
+        Image::open_with(image, writability, companions).unwrap()
     }
 
-    fn below(&self) -> Box<dyn Below> {
-        match self.kind.backing_len {
+    pub fn below(self) -> Box<dyn Below> {
+        match self.backing_len {
             0 => Box::new(Nothing),
             len => Box::new(Pattern { len }),
         }
+    }
+
+    pub fn empty_disk(self, size: u64) -> Vec<u8> {
+        let mut disk = vec![0; size as usize];
+        self.below().read(GuestOffset::ZERO, &mut disk).unwrap();
+        disk
+    }
+}
+
+impl Files {
+    fn create(kind: Kind) -> Self {
+        let image = Arc::new(MemoryStore::new(kind.create(SIZE)));
+        Self { kind, image, data: Arc::default() }
+    }
+
+    fn open(&self, writability: Writability) -> Image {
+        self.kind.open(self.image.clone(), self.data.clone(), writability)
+    }
+
+    fn below(&self) -> Box<dyn Below> {
+        self.kind.below()
     }
 
     fn assert_holds(&self, model: &[u8], context: &str) {
@@ -112,12 +139,6 @@ impl Files {
     }
 }
 
-fn empty_disk(files: &Files) -> Vec<u8> {
-    let mut disk = vec![0; SIZE as usize];
-    files.below().read(GuestOffset::ZERO, &mut disk).unwrap();
-    disk
-}
-
 #[test]
 fn random_changes_of_every_kind_of_image_read_back_and_leave_nothing_to_repair() {
     for kind in KINDS {
@@ -126,7 +147,7 @@ fn random_changes_of_every_kind_of_image_read_back_and_leave_nothing_to_repair()
             let mut random = Random::new(seed);
             let files = Files::create(kind);
             let below = files.below();
-            let mut model = empty_disk(&files);
+            let mut model = kind.empty_disk(SIZE);
             for _ in 0..3 {
                 let image = files.open(Writability::Writable);
                 for _ in 0..60 {
@@ -152,7 +173,7 @@ fn snapshots_of_subclusters_and_of_encrypted_images_keep_what_they_saw() {
             let mut random = Random::new(seed);
             let files = Files::create(kind);
             let below = files.below();
-            let mut model = empty_disk(&files);
+            let mut model = kind.empty_disk(SIZE);
             let mut moments = Vec::new();
             let image = files.open(Writability::Writable);
             for round in 0..4 {

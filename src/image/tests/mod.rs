@@ -7,6 +7,7 @@ mod failures;
 mod history;
 #[cfg(feature = "interleavings")]
 mod interleavings;
+mod kind_cuts;
 mod kinds;
 mod long_cuts;
 mod model;
