@@ -5,6 +5,7 @@ mod checking;
 mod concurrent;
 mod failures;
 mod history;
+mod huge;
 #[cfg(feature = "interleavings")]
 mod interleavings;
 mod kind_cuts;
