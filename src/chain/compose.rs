@@ -79,8 +79,14 @@ impl Chain {
                 )));
             }
             let policy = OpenPolicy::new(options.policy.clone(), path);
-            let member =
-                open_member(Place { index: above, path }, store, format, &policy, options)?;
+            let member = open_member(
+                Place { index: above, path },
+                store,
+                format,
+                &policy,
+                options,
+                &members,
+            )?;
             if let Some(name) = member.image().and_then(|image| image.header().backing_name) {
                 let name = String::from_utf8_lossy(&name).into_owned();
                 log::info!("{}: its backing file \"{name}\" is ignored", path.display());

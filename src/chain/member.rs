@@ -6,15 +6,23 @@ use std::sync::Arc;
 
 use crate::error::{Doing, Result};
 use crate::image::{Content, Image, Place, Run, Tree};
-use crate::store::{FileStore, MappedRun, Store};
+use crate::store::{FileId, FileStore, MappedRun, Store};
 use crate::units::{GuestOffset, GuestRange, HostOffset};
 
 /// A member of a chain: its file and how to read it.
 pub struct Member {
     path: PathBuf,
-    data_path: Option<PathBuf>,
+    data_file: Option<DataFile>,
     store: Arc<FileStore>,
     disk: Disk,
+}
+
+/// The external data file of a member.
+pub struct DataFile {
+    /// Its place, resolved against the member.
+    pub path: PathBuf,
+    /// Which file it is.
+    pub id: FileId,
 }
 
 /// A member by its format.
@@ -55,14 +63,19 @@ impl fmt::Display for Format {
 }
 
 impl Member {
-    /// The member in `store`, which the chain knows as `path`; its external data file, if it has one, is `data_path`.
+    /// The member in `store`, which the chain knows as `path`.
     pub fn new(
         path: PathBuf,
-        data_path: Option<PathBuf>,
+        data_file: Option<DataFile>,
         store: Arc<FileStore>,
         disk: Disk,
     ) -> Self {
-        Self { path, data_path, store, disk }
+        Self { path, data_file, store, disk }
+    }
+
+    /// Whether it consists of that file, be it as its data file.
+    pub fn has_file(&self, id: FileId) -> bool {
+        self.store.id() == id || self.data_file.as_ref().is_some_and(|data| data.id == id)
     }
 
     /// Its name as the user or the member above gave it, resolved against the member above.
@@ -72,7 +85,7 @@ impl Member {
 
     /// The file that holds its data: the member itself, or its external data file.
     pub fn data_path(&self) -> &Path {
-        self.data_path.as_deref().unwrap_or(&self.path)
+        self.data_file.as_ref().map_or(&self.path, |data| &data.path)
     }
 
     /// Its data, as a file.

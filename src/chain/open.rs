@@ -5,14 +5,14 @@ use std::sync::Arc;
 
 use super::Chain;
 use super::backing_name::{self, BackingName};
-use super::member::{Disk, Format, Member, RawDisk};
+use super::member::{DataFile, Disk, Format, Member, RawDisk};
 use super::policy::{BackingPolicy, OpenPolicy};
 use super::secrets::Secrets;
 use super::unlock::unlock;
 use crate::error::{At, Error, Problem, Result};
 use crate::image::{Companions, Image, Writability, read_header};
 use crate::qcow2::{DataPlace, Header};
-use crate::store::{Access, FileStore, LockMode, Store};
+use crate::store::{Access, FileStore, LockMode};
 
 /// More members than anyone stacks on purpose; each costs a file descriptor.
 const MAX_MEMBERS: usize = 16384;
@@ -96,6 +96,7 @@ impl Chain {
                 let files = files.chain([path.clone()]).collect();
                 return Err(Error::new(Problem::BackingLoop { files }).at(top));
             }
+            refuse_file_of(&members, &store, options).map_err(wrong_file)?;
             if members.len() == MAX_MEMBERS {
                 return Err(Error::new(Problem::ChainTooDeep { limit: MAX_MEMBERS }).at(top));
             }
@@ -104,7 +105,8 @@ impl Chain {
                 store.lock(lock_mode(writability)).at(&path)?;
             }
             let place = Place { index: members.len(), path: &path };
-            let member = open_member(place, store, format, &policy, options).map_err(wrong_file)?;
+            let member = open_member(place, store, format, &policy, options, &members);
+            let member = member.map_err(wrong_file)?;
             next = match member.image() {
                 Some(image) if options.depth != Depth::TopOnly => {
                     find_backing(&path, image, &policy).at(&path)?
@@ -134,32 +136,54 @@ impl Place<'_> {
     }
 }
 
-/// The member in `store`, which is open and locked, with all that it consists of but its backing file.
+/// Refuses `store` as one more file of a chain that is going to be written and has it already: what is written to the
+/// one would destroy the other. Image locks would say so, too, but not why, and not everybody has them.
+fn refuse_file_of(members: &[Member], store: &FileStore, options: &OpenOptions) -> Result<()> {
+    let twin = members.iter().find(|member| member.has_file(store.id()));
+    match twin.filter(|_| options.writability == Writability::Writable) {
+        None => Ok(()),
+        Some(twin) => Err(Error::invalid(
+            "data file name",
+            format!("{} is, or has, the same file", twin.path().display()),
+        )),
+    }
+}
+
+/// The member in `store`, which is open and locked, with all that it consists of but its backing file; `others` are
+/// the members opened before.
 pub(super) fn open_member(
     place: Place<'_>,
     store: Arc<FileStore>,
     format: Format,
     policy: &OpenPolicy,
     options: &OpenOptions,
+    others: &[Member],
 ) -> Result<Member> {
     let Place { index, path } = place;
     let writability = place.writability(options);
-    let mut data_path = None;
+    let mut data_file = None;
     let disk = match format {
         Format::Raw => Disk::Raw(RawDisk::open(&*store).at(path)?),
         Format::Qcow2 => {
             let header = read_header(&*store).at(path)?;
             header.refuse_unsupported().at(path)?;
-            let data_file = open_data_file(place, &header, policy, options)?;
-            let (found, data_file) = data_file.unzip();
-            data_path = found;
-            let cipher = unlock(&*store, &header, index, path, options).at(path)?;
-            let companions = Companions { data_file, cipher };
+            let data = open_data_file(place, &header, policy, options, &|data| {
+                if data.id() == store.id() && writability == Writability::Writable {
+                    return Err(Error::invalid("data file name", "it names the image itself"));
+                }
+                refuse_file_of(others, data, options)
+            })?;
+            let mut companions = Companions::default();
+            if let Some((path, data)) = data {
+                data_file = Some(DataFile { path, id: data.id() });
+                companions.data_file = Some(data);
+            }
+            companions.cipher = unlock(&*store, &header, index, path, options).at(path)?;
             let image = Image::open_with(store.clone(), writability, companions);
             Disk::Qcow2(Box::new(image.at(path)?))
         }
     };
-    Ok(Member::new(path.to_path_buf(), data_path, store, disk))
+    Ok(Member::new(path.to_path_buf(), data_file, store, disk))
 }
 
 fn access(writability: Writability) -> Access {
@@ -184,7 +208,8 @@ fn open_data_file(
     header: &Header,
     policy: &OpenPolicy,
     options: &OpenOptions,
-) -> Result<Option<(PathBuf, Arc<dyn Store>)>> {
+    admit: &dyn Fn(&FileStore) -> Result<()>,
+) -> Result<Option<(PathBuf, Arc<FileStore>)>> {
     let image = place.path;
     if header.data_place() == DataPlace::Internal || !options.depth.reads_data() {
         return Ok(None);
@@ -197,6 +222,7 @@ fn open_data_file(
     let file = policy.admit(&path).at(image)?;
     let writability = place.writability(options);
     let store = FileStore::open(&file, access(writability)).at(&path)?;
+    admit(&store).at(image)?;
     if options.sharing == Sharing::Locked {
         store.lock(lock_mode(writability)).at(&path)?;
     }

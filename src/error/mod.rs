@@ -55,6 +55,11 @@ pub enum Problem {
         /// What was found, and where.
         what: String,
     },
+    /// Data that does not decompress. The tables are as good as before, so that nothing else is affected.
+    BrokenData {
+        /// What was found.
+        what: String,
+    },
     /// The image's header says that it must be repaired before it is written.
     NeedsRepair {
         /// Which of the header's marks says so.
@@ -225,6 +230,11 @@ impl Error {
     /// Impossible metadata.
     pub fn corrupt(what: impl Into<String>) -> Self {
         Self::new(Problem::Corrupt { what: what.into() })
+    }
+
+    /// Compressed data that is damaged.
+    pub fn broken_data(what: impl Into<String>) -> Self {
+        Self::new(Problem::BrokenData { what: what.into() })
     }
 
     /// A field that holds what the format does not allow.

@@ -24,6 +24,7 @@ impl Error {
             }
             Problem::Invalid { field, .. } => format!("{file} has an invalid {field}"),
             Problem::Corrupt { .. } => format!("{file} is corrupt"),
+            Problem::BrokenData { .. } => format!("{file} has damaged data"),
             Problem::NeedsRepair { .. } => format!("{file} must be repaired before it is written"),
             Problem::Locked { other, holders } => {
                 let doing = match other {
@@ -95,7 +96,7 @@ impl Error {
             Problem::Invalid { reason, .. }
             | Problem::Refused { reason, .. }
             | Problem::Mountpoint { reason } => Some(reason.clone()),
-            Problem::Corrupt { what } => Some(what.clone()),
+            Problem::Corrupt { what } | Problem::BrokenData { what } => Some(what.clone()),
             Problem::NeedsRepair { mark } => Some(match mark {
                 RepairMark::Dirty => {
                     "it was not closed cleanly and its refcounts may be wrong (dirty bit)".into()

@@ -40,7 +40,7 @@ impl Decompressed {
     /// Somebody who reads here and there gets no more than that; who comes back for more gets it all.
     ///
     /// # Errors
-    /// Failing reads; data that does not decompress to a whole cluster is corruption.
+    /// Failing reads; data that does not decompress.
     pub fn get(
         &self,
         store: &dyn Store,

@@ -159,6 +159,12 @@ fn refuse_unwritable(header: &Header) -> Result<()> {
     if header.incompatible.contains(IncompatibleFeatures::DIRTY) {
         return Err(Error::new(Problem::NeedsRepair { mark: RepairMark::Dirty }));
     }
+    if header.data_file_is_raw() && header.backing_name.is_some() {
+        // A hole of such a file would show the backing file again. The format does not allow that.
+        return Err(Error::new(Problem::ReadableOnly {
+            feature: "an image with a raw data file and a backing file",
+        }));
+    }
     if header.autoclear.contains(AutoclearFeatures::BITMAPS) {
         return Err(Error::new(Problem::ReadableOnly {
             feature: "an image with persistent bitmaps",

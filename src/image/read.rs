@@ -28,8 +28,7 @@ impl Image {
             },
             Content::Compressed { cluster, skip } => {
                 let (start, end) = (skip as usize, skip as usize + buf.len());
-                let bytes = self.decompressed.get(&*self.store, cluster, end);
-                let bytes = bytes.map_err(|error| self.note(error))?;
+                let bytes = self.decompressed.get(&*self.store, cluster, end)?;
                 buf.copy_from_slice(&bytes[start..end]);
                 Ok(())
             }

@@ -21,7 +21,7 @@ pub enum Compression {
 /// The data ends somewhere in `compressed`; what follows it belongs to others.
 ///
 /// # Errors
-/// Broken data, or data that ends before `out` is full, is corruption.
+/// Broken data, or data that ends before `out` is full.
 pub fn decompress(compression: Compression, compressed: &[u8], out: &mut [u8]) -> Result<()> {
     match compression {
         Compression::Zlib => inflate(compressed, out),
@@ -36,7 +36,7 @@ thread_local! {
 }
 
 fn decompress_zstd(compressed: &[u8], out: &mut [u8]) -> Result<()> {
-    let broken = |error: std::io::Error| Error::corrupt(format!("compressed cluster: {error}"));
+    let broken = |error: std::io::Error| Error::broken_data(format!("compressed cluster: {error}"));
     ZSTD.with_borrow_mut(|slot| {
         let decoder = match slot {
             Some(decoder) => decoder,
@@ -68,7 +68,7 @@ fn inflate(compressed: &[u8], out: &mut [u8]) -> Result<()> {
             }
             let status = inflater
                 .decompress(&compressed[read..], &mut out[written..], FlushDecompress::None)
-                .map_err(|error| Error::corrupt(format!("compressed cluster: {error}")))?;
+                .map_err(|error| Error::broken_data(format!("compressed cluster: {error}")))?;
             let now = inflater.total_out() as usize;
             if now == out.len() {
                 return Ok(());
@@ -82,7 +82,7 @@ fn inflate(compressed: &[u8], out: &mut [u8]) -> Result<()> {
 }
 
 fn too_short(found: usize, wanted: usize) -> Error {
-    Error::corrupt(format!("compressed cluster: {found} bytes instead of {wanted}"))
+    Error::broken_data(format!("compressed cluster: {found} bytes instead of {wanted}"))
 }
 
 #[cfg(test)]

@@ -260,3 +260,43 @@ fn a_backing_file_that_is_no_image_is_named_with_the_image_that_names_it() {
     let words = ["base.qcow2 is not a regular file", "it is the backing file of", "top.qcow2"];
     refuses(&top, 1, &words);
 }
+
+/// Makes an image of 1 MiB whose data file is `data`, which exists and stays as it is.
+fn create_with_data(images: &Images, name: &str, data: &str) -> PathBuf {
+    let kept = fs::read(images.path(data)).ok();
+    let place = images.path(data);
+    let image = images.create(name, M, &format!("data_file={}", place.display()));
+    if let Some(bytes) = kept {
+        fs::write(images.path(data), bytes).expect("put the file back");
+    }
+    image
+}
+
+#[test]
+fn an_image_that_is_its_own_data_file_is_not_written() {
+    let images = Images::new();
+    let other = create_with_data(&images, "other.qcow2", "disk.img");
+    let image = images.path("disk.img");
+    fs::copy(other, &image).expect("copy");
+    let untouched = Untouched::now(&[&image]);
+    for options in [vec![], args!["-o", "lock=off"].to_vec()] {
+        let said = Mounted::refused(&options, &image, 1);
+        assert!(said.contains("data file name") && said.contains("itself"), "{said}");
+    }
+    untouched.verify();
+}
+
+#[test]
+fn a_data_file_that_is_another_member_is_not_written() {
+    let images = Images::new();
+    let base = images.create("base.qcow2", M, "");
+    io(&base, &["write -q -P 3 0 1M"]);
+    let top = create_with_data(&images, "top.qcow2", "base.qcow2");
+    run("qemu-img", &args!["rebase", "-u", "-b", "base.qcow2", "-F", "qcow2", &top]);
+    let untouched = Untouched::now(&[&base, &top]);
+    for options in [vec![], args!["-o", "lock=off"].to_vec()] {
+        let said = Mounted::refused(&options, &top, 1);
+        assert!(said.contains("data file name") && said.contains("top.qcow2"), "{said}");
+    }
+    untouched.verify();
+}

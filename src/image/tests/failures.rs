@@ -117,3 +117,24 @@ fn a_corrupt_backing_file_does_not_make_its_overlay_corrupt() {
     drop(image);
     open(store).unwrap();
 }
+
+#[test]
+fn damaged_compressed_data_is_an_error_of_its_cluster_and_of_nothing_else() {
+    let disk: Vec<u8> = (0..SHAPE.size).map(|at| (at / 40) as u8).collect();
+    let store = Arc::new(MemoryStore::new(qemu::packed(&disk, "cluster_size=4k")));
+    let image = open(store.clone()).unwrap();
+    let first = GuestRange::new(GuestOffset::ZERO, 4096);
+    let Content::Compressed { cluster, .. } = image.map(Tree::Active, first).unwrap().content
+    else {
+        panic!("the first cluster is compressed");
+    };
+    store.write_at(&[&[0xff; 16]], cluster.host).unwrap();
+    assert!(image.read_active(&Nothing, GuestOffset::ZERO, &mut [0; 512]).is_err());
+    assert!(image.write(&Nothing, GuestOffset::new(100), &[1; 10]).is_err());
+    image.write(&Nothing, GuestOffset::new(4100), &[1; 10]).unwrap();
+    image.write(&Nothing, GuestOffset::ZERO, &[1; 4096]).unwrap();
+    image.flush_all().unwrap();
+    drop(image);
+    assert_eq!(judge(&store.bytes()), Findings::default());
+    open(store).unwrap();
+}

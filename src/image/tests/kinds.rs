@@ -303,3 +303,16 @@ fn parallel_writes_into_one_sector_of_an_encrypted_image_lose_nothing() {
         assert_eq!(*byte as usize, index / 7 % 4 + 1, "byte {index}");
     }
 }
+
+#[test]
+fn a_raw_data_file_beside_a_backing_file_is_only_read() {
+    let files = Files::create(kind(12, L2Form::Standard, Data::RawFile, None));
+    let mut bytes = files.image.bytes();
+    bytes[8..16].copy_from_slice(&1024_u64.to_be_bytes());
+    bytes[16..20].copy_from_slice(&4_u32.to_be_bytes());
+    bytes[1024..1028].copy_from_slice(b"base");
+    let store = Arc::new(MemoryStore::new(bytes));
+    let error = Image::open(store.clone(), Writability::Writable).err().unwrap();
+    assert!(matches!(error.problem(), crate::error::Problem::ReadableOnly { .. }), "{error}");
+    assert!(Image::open(store, Writability::ReadOnly).is_ok());
+}
