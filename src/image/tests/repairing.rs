@@ -207,6 +207,39 @@ fn a_rebuild_keeps_the_clusters_of_a_snapshot_that_can_not_be_found() {
     assert!(views(&store.bytes()) == views(&sound));
 }
 
+#[test]
+fn clusters_cut_off_the_end_of_the_file_are_not_given_to_another_after_a_repair() {
+    for lost_counts in [false, true] {
+        let store = Arc::new(MemoryStore::new(SHAPES[0].create()));
+        let image = open(store.clone()).unwrap();
+        image.write(&Nothing, GuestOffset::ZERO, &[7; 16 << 10]).unwrap();
+        image.flush_all().unwrap();
+        drop(image);
+        let mut bytes = store.bytes();
+        bytes.truncate(bytes.len() - (4 << 10));
+        if lost_counts {
+            Damage::Wiped.apply(&mut bytes, &mut Random::new(0));
+        }
+        for extent in [Extent::Leaks, Extent::All] {
+            if lost_counts && extent == Extent::Leaks {
+                continue;
+            }
+            let store = Arc::new(MemoryStore::new(bytes.clone()));
+            let (report, fixed) = repair(&*store, extent, &mut Found::default()).unwrap();
+            assert_eq!((report.leaks, fixed.leaks), (0, 0), "{report:?}");
+            assert!(report.corruptions > 0, "{report:?}");
+            assert!(store.bytes().len() == bytes.len(), "the file is longer");
+            let before = views(&store.bytes())[0].clone();
+            let image = open(store.clone()).unwrap();
+            image.write(&Nothing, GuestOffset::new(64 << 10), &[9; 8 << 10]).unwrap();
+            image.flush_all().unwrap();
+            drop(image);
+            let after = views(&store.bytes())[0].clone();
+            assert!(after[..64 << 10] == before[..64 << 10], "{extent:?}: written over");
+        }
+    }
+}
+
 /// An image with a data cluster that two guest clusters have.
 fn two_owners() -> Vec<u8> {
     let store = Arc::new(MemoryStore::new(SHAPES[0].create()));
