@@ -298,6 +298,17 @@ pub(super) enum Coverage {
     Partial,
 }
 
+impl Coverage {
+    /// What a refcount below `references` is to be: one more where others may hold the cluster, too, so that it is
+    /// neither written in place nor given away when those that were counted let go of it.
+    pub fn raised(self, references: u64) -> u64 {
+        match self {
+            Self::Whole => references,
+            Self::Partial => references.saturating_add(1),
+        }
+    }
+}
+
 impl<'w> Tally<'w> {
     pub fn new(watch: &'w mut dyn Watch, stage: Stage) -> Self {
         Self {

@@ -2,11 +2,11 @@
 
 use std::collections::BTreeSet;
 
-use super::findings::Target;
+use super::findings::{Coverage, Target};
 use crate::error::{Doing, Result};
 use crate::image::layout::{Layout, Owner};
 use crate::qcow2::Geometry;
-use crate::qcow2::anatomy::toggle_copied;
+use crate::qcow2::anatomy::{is_copied, toggle_copied};
 use crate::store::Store;
 use crate::units::HostOffset;
 
@@ -31,20 +31,28 @@ pub(super) struct FlagWriter<'s> {
     geometry: Geometry,
     /// Clusters that are not only tables: nothing is written there.
     contested: BTreeSet<u64>,
+    /// Where some references are not known, a flag is only taken away.
+    coverage: Coverage,
     noted: Vec<Flag>,
     /// Entries that were corrected.
     pub corrected: u64,
 }
 
 impl<'s> FlagWriter<'s> {
-    pub fn new(store: &'s dyn Store, geometry: Geometry, contested: BTreeSet<u64>) -> Self {
-        Self { store, geometry, contested, noted: Vec::new(), corrected: 0 }
+    pub fn new(
+        store: &'s dyn Store,
+        geometry: Geometry,
+        contested: BTreeSet<u64>,
+        coverage: Coverage,
+    ) -> Self {
+        Self { store, geometry, contested, coverage, noted: Vec::new(), corrected: 0 }
     }
 
     /// Notes an entry, of which the flag is wrong.
     pub fn note(&mut self, flag: Flag) {
         let cluster = flag.place.get() >> self.geometry.cluster_bits();
-        if !self.contested.contains(&cluster) {
+        let is_safe = self.coverage == Coverage::Whole || is_copied(flag.raw);
+        if is_safe && !self.contested.contains(&cluster) {
             self.noted.push(flag);
         }
     }

@@ -118,7 +118,11 @@ fn each_window<'s>(
 fn compare(window: &Window, survey: &Survey<'_>, tally: &mut Tally<'_>) {
     for (cluster, slot) in window.clusters() {
         let (refcount, references) = (slot.refcount, u64::from(slot.references));
-        if references > 0 || (refcount > 0 && cluster < survey.file_clusters) {
+        let is_in_use = match cluster < survey.file_clusters {
+            true => references > 0 || refcount > 0,
+            false => references > 0 && !tally.dangling.contains(&cluster),
+        };
+        if is_in_use {
             tally.report.image_end = (cluster + 1) << survey.geometry.cluster_bits();
         }
         if refcount > references {

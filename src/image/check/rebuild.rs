@@ -101,10 +101,13 @@ pub(super) fn rebuild(
         for (cluster, slot) in window.clusters().filter(|(cluster, _)| *cluster < place.end()) {
             let references = u64::from(slot.references);
             let count = match found.coverage {
-                Coverage::Whole => references,
+                Coverage::Partial if cluster < old.file_clusters && slot.refcount < references => {
+                    found.coverage.raised(references)
+                }
                 Coverage::Partial => {
                     references.max(slot.refcount).max(u64::from(might_be_used(cluster)))
                 }
+                Coverage::Whole => references,
             };
             if count > 0 {
                 writer.set(cluster, block_of(cluster), count)?;

@@ -153,14 +153,16 @@ fn correct_counts(
         for (cluster, slot) in window.clusters() {
             let references = u64::from(slot.references);
             let Some(block) = survey.block_of(cluster) else { continue };
-            if slot.refcount < references && extent == Extent::All {
+            let count = if slot.refcount < references && extent == Extent::All {
                 fixed.corruptions += 1;
+                found.coverage.raised(references)
             } else if slot.refcount > references && found.coverage == Coverage::Whole {
                 fixed.leaks += 1;
+                references
             } else {
                 continue;
-            }
-            writer.set(cluster, block, references)?;
+            };
+            writer.set(cluster, block, count)?;
         }
         writer.write()
     })?;
@@ -179,7 +181,8 @@ fn correct_flags(
 ) -> Result<u64> {
     let mut tally = Tally::new(watch, Stage::Flags);
     let survey = Survey::new(store, &mut tally)?;
-    let mut flags = FlagWriter::new(store, survey.geometry, found.contested.clone());
+    let contested = found.contested.clone();
+    let mut flags = FlagWriter::new(store, survey.geometry, contested, found.coverage);
     each_window(&survey, &mut tally, limits, Some(&mut flags), |_, _| Ok(()))?;
     if flags.corrected > 0 {
         store.sync().doing("make its COPIED flags durable")?;

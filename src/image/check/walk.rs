@@ -120,11 +120,20 @@ impl Walk<'_, '_, '_> {
         let end = start.get().saturating_add(len).div_ceil(1 << bits);
         if !self.survey.holds(start, len) {
             self.found(Finding::BehindTheEnd { what: usage, at: start, len });
-            self.tally.note_dangling(start.get() >> bits..end);
+            let clusters = start.get() >> bits..end;
+            self.tally.note_dangling(clusters.clone());
+            // The file may grow to there: what has a refcount must keep it, or it is given to another, too.
+            for cluster in clusters.take_while(|&cluster| self.survey.block_of(cluster).is_some()) {
+                self.count(cluster..cluster + 1, times, holder);
+            }
             return;
         }
+        self.count(start.get() >> bits..end, times, holder);
+    }
+
+    fn count(&mut self, clusters: std::ops::Range<u64>, times: u32, holder: Holder) {
         let tally = &mut *self.tally;
-        self.window.refer(start.get() >> bits..end, times, holder, |contest| {
+        self.window.refer(clusters, times, holder, |contest| {
             let (first, second) = (contest.first, contest.second);
             if first.is_refcounts() || second.is_refcounts() {
                 tally.worsen(Refcounts::Broken);

@@ -201,10 +201,79 @@ fn a_rebuild_keeps_the_clusters_of_a_snapshot_that_can_not_be_found() {
     // Somebody finds the table again: all that the snapshot holds is still counted.
     store.write_at(&[&l1.to_be_bytes()], crate::units::HostOffset::new(snapshot)).unwrap();
     let (_, found) = own_check(&store.bytes());
-    assert!(!found.iter().any(|one| matches!(one, Finding::TooLow { refcount: 0, .. })));
+    assert!(!found.iter().any(|one| matches!(one, Finding::TooLow { .. })), "{found:?}");
+    for raw in found.iter().filter_map(copied_entry) {
+        assert_eq!(raw >> 63, 0, "a cluster that the snapshot shares may be written: {raw:x}");
+    }
     let (report, _) = repair(&*store, Extent::All, &mut Found::default()).unwrap();
     assert!(report.is_clean(), "{report:?}");
     assert!(views(&store.bytes()) == views(&sound));
+}
+
+/// The entry of which the COPIED flag is wrong.
+fn copied_entry(finding: &Finding) -> Option<u64> {
+    match finding {
+        Finding::Copied { raw, .. } => Some(*raw),
+        _ => None,
+    }
+}
+
+#[test]
+fn counts_that_are_raised_leave_room_for_a_snapshot_that_can_not_be_found() {
+    let mut random = Random::new(3);
+    let sound = used_image(SHAPES[0], &mut random);
+    let mut bytes = sound.clone();
+    let header = header_of(&bytes);
+    let snapshot = header.snapshots_offset.get();
+    let l1 = word(&bytes, snapshot);
+    put(&mut bytes, snapshot, &0x201_u64.to_be_bytes());
+    Damage::Wiped.apply(&mut bytes, &mut random);
+    let store = Arc::new(MemoryStore::new(bytes));
+    repair(&*store, Extent::All, &mut Found::default()).unwrap();
+    store.write_at(&[&l1.to_be_bytes()], crate::units::HostOffset::new(snapshot)).unwrap();
+    let (_, found) = own_check(&store.bytes());
+    // What only the snapshot has is counted nowhere; what it shares must be left to it.
+    let shared_too_low = |one: &Finding| matches!(one, Finding::TooLow { refcount: 1.., .. });
+    assert!(!found.iter().any(shared_too_low), "{found:?}");
+    for raw in found.iter().filter_map(copied_entry) {
+        assert_eq!(raw >> 63, 0, "a cluster that the snapshot shares may be written: {raw:x}");
+    }
+    let (report, _) = repair(&*store, Extent::All, &mut Found::default()).unwrap();
+    assert!(report.is_clean(), "{report:?}");
+    assert!(views(&store.bytes()) == views(&sound));
+}
+
+#[test]
+fn clusters_cut_off_the_end_of_the_file_are_not_given_to_another_after_a_repair() {
+    for lost_counts in [false, true] {
+        let store = Arc::new(MemoryStore::new(SHAPES[0].create()));
+        let image = open(store.clone()).unwrap();
+        image.write(&Nothing, GuestOffset::ZERO, &[7; 16 << 10]).unwrap();
+        image.flush_all().unwrap();
+        drop(image);
+        let mut bytes = store.bytes();
+        bytes.truncate(bytes.len() - (4 << 10));
+        if lost_counts {
+            Damage::Wiped.apply(&mut bytes, &mut Random::new(0));
+        }
+        for extent in [Extent::Leaks, Extent::All] {
+            if lost_counts && extent == Extent::Leaks {
+                continue;
+            }
+            let store = Arc::new(MemoryStore::new(bytes.clone()));
+            let (report, fixed) = repair(&*store, extent, &mut Found::default()).unwrap();
+            assert_eq!((report.leaks, fixed.leaks), (0, 0), "{report:?}");
+            assert!(report.corruptions > 0, "{report:?}");
+            assert!(store.bytes().len() == bytes.len(), "the file is longer");
+            let before = views(&store.bytes())[0].clone();
+            let image = open(store.clone()).unwrap();
+            image.write(&Nothing, GuestOffset::new(64 << 10), &[9; 8 << 10]).unwrap();
+            image.flush_all().unwrap();
+            drop(image);
+            let after = views(&store.bytes())[0].clone();
+            assert!(after[..64 << 10] == before[..64 << 10], "{extent:?}: written over");
+        }
+    }
 }
 
 /// An image with a data cluster that two guest clusters have.
