@@ -153,7 +153,8 @@ impl<'s> Survey<'s> {
         if !self.holds(start, len) {
             tally.add(Finding::BehindTheEnd { what: usage, at: start, len });
             let bits = self.geometry.cluster_bits();
-            tally.note_dangling(start.get() >> bits..start.get().saturating_add(len) >> bits);
+            let end = start.get().saturating_add(len).div_ceil(1 << bits);
+            tally.note_dangling(start.get() >> bits..end);
             if !usage.is_refcounts() {
                 tally.coverage = Coverage::Partial;
             }

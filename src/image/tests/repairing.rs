@@ -358,3 +358,19 @@ fn a_new_refcount_table_keeps_clear_of_pointers_to_nowhere() {
     assert!(views(&store.bytes()) == before, "a pointer to nowhere leads to refcounts");
     assert!(report.leaks == 0, "{report:?}");
 }
+
+#[test]
+fn new_refcounts_are_not_put_where_a_table_that_the_file_has_lost_would_be() {
+    let whole = shape(Version::V3, 9, 4, 60 << 10).create();
+    for clusters in 1..whole.len() / 512 {
+        let cut = whole[..clusters * 512].to_vec();
+        let read = |bytes: Vec<u8>| {
+            let image = Image::open(Arc::new(MemoryStore::new(bytes)), Writability::ReadOnly);
+            read_all(&image.unwrap(), &Nothing)
+        };
+        let before = read(cut.clone());
+        let store = MemoryStore::new(cut);
+        repair(&store, Extent::All, &mut Found::default()).unwrap();
+        assert_same(&read(store.bytes()), &before, &format!("{clusters} clusters were left"));
+    }
+}
