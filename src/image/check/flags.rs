@@ -31,7 +31,7 @@ pub(super) struct FlagWriter<'s> {
     geometry: Geometry,
     /// Clusters that are not only tables: nothing is written there.
     contested: BTreeSet<u64>,
-    /// Where some references are not known, a flag is only taken away.
+    /// Where some references are not known or not counted, a flag is only taken away.
     coverage: Coverage,
     noted: Vec<Flag>,
     /// Entries that were corrected.

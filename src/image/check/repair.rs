@@ -89,7 +89,12 @@ pub(in crate::image) fn repair_within(
                 }
             }
         }
-        fixed.corruptions += correct_flags(store, &found, quiet, limits)?;
+        // A count that stays too low does not say that its cluster may be written in place.
+        let coverage = match extent {
+            Extent::Leaks if found.too_low > 0 => Coverage::Partial,
+            _ => found.coverage,
+        };
+        fixed.corruptions += correct_flags(store, &found, coverage, quiet, limits)?;
     }
     let mut report = found.report;
     if !fixed.is_nothing() || (can_count && found.refcounts != Refcounts::Usable) {
@@ -176,13 +181,14 @@ fn correct_counts(
 fn correct_flags(
     store: &dyn Store,
     found: &Found,
+    coverage: Coverage,
     watch: &mut dyn Watch,
     limits: Limits,
 ) -> Result<u64> {
     let mut tally = Tally::new(watch, Stage::Flags);
     let survey = Survey::new(store, &mut tally)?;
     let contested = found.contested.clone();
-    let mut flags = FlagWriter::new(store, survey.geometry, contested, found.coverage);
+    let mut flags = FlagWriter::new(store, survey.geometry, contested, coverage);
     each_window(&survey, &mut tally, limits, Some(&mut flags), |_, _| Ok(()))?;
     if flags.corrected > 0 {
         store.sync().doing("make its COPIED flags durable")?;

@@ -276,6 +276,33 @@ fn clusters_cut_off_the_end_of_the_file_are_not_given_to_another_after_a_repair(
     }
 }
 
+#[test]
+fn repairing_leaks_lets_nobody_write_in_place_what_a_snapshot_shares() {
+    let sound = used_image(SHAPES[0], &mut Random::new(3));
+    let mut bytes = sound.clone();
+    let header = header_of(&bytes);
+    let block = word(&bytes, header.reftable_offset.get()) as usize;
+    let size = header.geometry.cluster_size() as usize;
+    let order = header.geometry.refcount_order();
+    for index in 0..header.geometry.refcounts_per_block() as usize {
+        let count = refcount::get(&bytes[block..block + size], index, order).min(1);
+        refcount::set(&mut bytes[block..block + size], index, order, count);
+    }
+    let store = MemoryStore::new(bytes);
+    repair(&store, Extent::Leaks, &mut Found::default()).unwrap();
+    let after = store.bytes();
+    let l1 = header.l1_offset.get();
+    let kept = |at: u64| {
+        let (was, is) = (word(&sound, at), word(&after, at));
+        assert!(was >> 63 == 1 || is >> 63 == 0, "at {at:#x}: {was:x} is now {is:x}");
+    };
+    for index in 0..u64::from(header.l1_entries) {
+        kept(l1 + index * 8);
+        let l2 = word(&sound, l1 + index * 8) & !(1 << 63);
+        (0..if l2 == 0 { 0 } else { size as u64 }).step_by(8).for_each(|at| kept(l2 + at));
+    }
+}
+
 /// An image with a data cluster that two guest clusters have.
 fn two_owners() -> Vec<u8> {
     let store = Arc::new(MemoryStore::new(SHAPES[0].create()));
