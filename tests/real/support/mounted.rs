@@ -188,5 +188,8 @@ pub fn mount_line(root: &Path) -> Option<Vec<String>> {
 /// Whether the process exists and is more than a zombie.
 pub fn is_running(pid: Pid) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
+    let Some((_, rest)) = stat.rsplit_once(") ") else { return false };
+    // The first thread may be dead before the others, which still hold files and their locks.
+    let alone = rest.split(' ').nth(17) == Some("1");
+    !(rest.starts_with(['Z', 'X']) && alone)
 }
