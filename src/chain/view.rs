@@ -98,11 +98,13 @@ impl View {
     /// # Errors
     /// Failing reads, and corruption.
     pub fn read(&self, offset: GuestOffset, buf: &mut [u8]) -> Result<()> {
-        let inside = self.size().saturating_sub(offset.get()).min(buf.len() as u64) as usize;
-        let (mut buf, behind) = buf.split_at_mut(inside);
+        let inside = |len: u64| self.size().saturating_sub(offset.get()).min(len);
+        let kept = inside(buf.len() as u64);
+        let _mapping = self.keep_mapping(GuestRange::new(offset, kept));
+        // Again: the disk may have become smaller while this waited.
+        let range = GuestRange::new(offset, inside(kept));
+        let (mut buf, behind) = buf.split_at_mut(range.len as usize);
         behind.fill(0);
-        let range = GuestRange::new(offset, buf.len() as u64);
-        let _mapping = self.keep_mapping(range);
         for extent in self.look_up_all(range) {
             let extent = extent?;
             let (now, rest) = buf.split_at_mut(extent.range.len as usize);

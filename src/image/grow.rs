@@ -69,7 +69,11 @@ impl Image {
         if behind.is_empty() || self.is_zero(below, behind)? {
             return Ok(());
         }
-        self.zero_claimed(below, behind, ZeroMode::Unmap)
+        for part in behind.split(self.geometry.l2_span()) {
+            self.zero_claimed(below, part, ZeroMode::Unmap)?;
+            self.bound_dirty_metadata()?;
+        }
+        Ok(())
     }
 
     /// Makes a data file that has to be readable by itself as long as the disk, and lets all new clusters point into it:
@@ -87,10 +91,13 @@ impl Image {
             self.data.set_len(new.end().get()).doing("make its data file longer")?;
         }
         self.unsynced.store(true, Ordering::Release);
-        for part in new.split(self.geometry.cluster_size()) {
-            let cluster = part.start.align_down(self.geometry.cluster_size());
-            let (host, written) = (HostOffset::new(cluster.get()), Subclusters::ALL);
-            self.change_entry(cluster, NewEntry::Data { host, written })?;
+        for table in new.split(self.geometry.l2_span()) {
+            for part in table.split(self.geometry.cluster_size()) {
+                let cluster = part.start.align_down(self.geometry.cluster_size());
+                let (host, written) = (HostOffset::new(cluster.get()), Subclusters::ALL);
+                self.change_entry(cluster, NewEntry::Data { host, written })?;
+            }
+            self.bound_dirty_metadata()?;
         }
         Ok(())
     }

@@ -259,7 +259,9 @@ impl Image {
         references.sort_unstable();
         let (allocator, pages) = metadata.writer()?;
         allocator.reference_all(pages, store, &references)?;
-        metadata.clear_copied(store)
+        // Counts that are raised beside flags that are not cleared must not reach the disk.
+        let cleared = metadata.clear_copied(store);
+        self.closing_on_error(cleared)
     }
 
     /// Lets the header name the new snapshot table, and gives the old one back.

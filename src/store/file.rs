@@ -191,9 +191,12 @@ impl Store for FileStore {
         let too_large = |_| io::Error::from(ErrorKind::FileTooLarge);
         let start = i64::try_from(offset.get()).map_err(too_large)?;
         let len = i64::try_from(len).map_err(too_large)?;
-        match fallocate(&self.file, FallocateFlags::FALLOC_FL_KEEP_SIZE, start, len) {
-            Err(nix::Error::EOPNOTSUPP) => Ok(()),
-            result => Ok(result?),
+        loop {
+            match fallocate(&self.file, FallocateFlags::FALLOC_FL_KEEP_SIZE, start, len) {
+                Err(nix::Error::EINTR) => {}
+                Err(nix::Error::EOPNOTSUPP) => return Ok(()),
+                result => return Ok(result?),
+            }
         }
     }
 

@@ -101,8 +101,9 @@ pub(super) fn rebuild(
         for (cluster, slot) in window.clusters().filter(|(cluster, _)| *cluster < place.end()) {
             let references = u64::from(slot.references);
             let count = match found.coverage {
-                Coverage::Partial if cluster < old.file_clusters && slot.refcount < references => {
-                    found.coverage.raised(references)
+                // What the old counts say is no more to be trusted than the tables that can't be followed.
+                Coverage::Partial if cluster < old.file_clusters && references > 0 => {
+                    found.coverage.raised(references).max(slot.refcount)
                 }
                 Coverage::Partial => {
                     references.max(slot.refcount).max(u64::from(might_be_used(cluster)))
