@@ -156,7 +156,7 @@ impl Window {
         let first = self.end() / per_block;
         let holds_data = |host: u64| {
             let data = survey.store.next_data(HostOffset::new(host));
-            let end = host + survey.geometry.cluster_size();
+            let end = host.saturating_add(survey.geometry.cluster_size());
             // Who can't tell may have data.
             data.map_or(true, |data| data.is_some_and(|data| data.start < end))
         };
