@@ -8,6 +8,7 @@ mod extents;
 mod member;
 mod open;
 mod policy;
+mod read;
 mod resolved;
 mod secrets;
 mod unlock;
