@@ -15,6 +15,8 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::thread;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags};
@@ -41,6 +43,9 @@ const MAX_READ: u32 = 1 << 20;
 
 /// The setuid helper, unless `FUSERMOUNT_PATH` names another.
 const HELPER: &str = "fusermount3";
+/// A program that starts another lets it have its open files for a moment: a mount that is busy may be idle soon.
+const TRIES_WHILE_BUSY: u32 = 6;
+const PAUSE_WHILE_BUSY: Duration = Duration::from_millis(40);
 
 /// How a mount is to look to the kernel. It is always `nosuid`, `nodev` and `default_permissions`.
 #[derive(Debug, Clone)]
@@ -313,7 +318,16 @@ fn detach_from(place: &Path, how: Detach) -> Result<()> {
             Detach::WhenIdle => MntFlags::empty(),
             Detach::Now => MntFlags::MNT_DETACH,
         };
-        match nix::mount::umount2(place, MntFlags::UMOUNT_NOFOLLOW | lazily) {
+        let unmount = || nix::mount::umount2(place, MntFlags::UMOUNT_NOFOLLOW | lazily);
+        let mut done = unmount();
+        for _ in 0..TRIES_WHILE_BUSY {
+            if done != Err(Errno::EBUSY) {
+                break;
+            }
+            thread::sleep(PAUSE_WHILE_BUSY);
+            done = unmount();
+        }
+        match done {
             Err(Errno::EPERM) => {}
             Err(Errno::EBUSY) => return Err(busy(place)),
             Err(Errno::EINVAL) => return Err(Error::new(Problem::NotMounted)),
