@@ -8,7 +8,6 @@ mod extents;
 mod member;
 mod open;
 mod policy;
-mod read;
 mod resolved;
 mod secrets;
 mod unlock;

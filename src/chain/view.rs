@@ -93,6 +93,28 @@ impl View {
         self.writable_image().map_or(0, Image::generation)
     }
 
+    /// Fills `buf` with the bytes from `offset` on; behind the end of the view they are zero.
+    ///
+    /// # Errors
+    /// Failing reads, and corruption.
+    pub fn read(&self, offset: GuestOffset, buf: &mut [u8]) -> Result<()> {
+        let inside = |len: u64| self.size().saturating_sub(offset.get()).min(len);
+        let kept = inside(buf.len() as u64);
+        let _mapping = self.keep_mapping(GuestRange::new(offset, kept));
+        // Again: the disk may have become smaller while this waited.
+        let range = GuestRange::new(offset, inside(kept));
+        let (mut buf, behind) = buf.split_at_mut(range.len as usize);
+        behind.fill(0);
+        for extent in self.look_up_all(range) {
+            let extent = extent?;
+            let (now, rest) = buf.split_at_mut(extent.range.len as usize);
+            let member = &self.chain.members()[extent.member];
+            member.read_content(extent.range.start, extent.content, now).at(member.path())?;
+            buf = rest;
+        }
+        Ok(())
+    }
+
     /// The bytes of `range` without copying them, if they are all in one run of a file and the view can't change.
     pub fn mapped(&self, range: GuestRange) -> Option<MappedRun> {
         self.map?;
@@ -146,7 +168,7 @@ impl View {
     }
 
     /// The active layer's mapping must not change under a reader; everything else can't.
-    pub(super) fn keep_mapping(&self, range: GuestRange) -> Option<RangeGuard<'_>> {
+    fn keep_mapping(&self, range: GuestRange) -> Option<RangeGuard<'_>> {
         self.writable_image().ok().map(|image| image.keep_mapping(range))
     }
 
