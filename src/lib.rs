@@ -27,6 +27,7 @@
 
 pub mod chain;
 pub mod cli;
+pub mod control;
 pub mod error;
 pub mod image;
 pub mod mount;

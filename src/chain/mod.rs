@@ -7,6 +7,7 @@ mod diff;
 mod extents;
 mod member;
 mod open;
+mod overlay;
 mod policy;
 mod resolved;
 mod secrets;
@@ -20,6 +21,7 @@ pub use diff::Differences;
 pub use extents::Extent;
 pub use member::{Disk, Format, Member, RawDisk};
 pub use open::{Depth, OpenOptions, Sharing};
+pub use overlay::{Existing, Overlay};
 pub use policy::{BackingPolicy, OpenPolicy};
 pub use secrets::{SecretFor, SecretSource, Secrets};
 pub use view::View;
@@ -32,12 +34,17 @@ use crate::image::{Image, SnapshotTree};
 
 /// An open chain. It has at least one member.
 pub struct Chain {
-    members: Vec<Member>,
+    /// A chain that grows out of this one shares them.
+    members: Vec<Arc<Member>>,
     resolved: ResolvedMaps,
 }
 
 impl Chain {
     fn new(members: Vec<Member>) -> Self {
+        Self::of_shared(members.into_iter().map(Arc::new).collect())
+    }
+
+    fn of_shared(members: Vec<Arc<Member>>) -> Self {
         Self { resolved: ResolvedMaps::new(members.len()), members }
     }
 
@@ -46,7 +53,7 @@ impl Chain {
     }
 
     /// All members; index 0 is the active layer.
-    pub fn members(&self) -> &[Member] {
+    pub fn members(&self) -> &[Arc<Member>] {
         &self.members
     }
 
@@ -57,7 +64,7 @@ impl Chain {
     pub fn from_member(mut self, index: usize) -> Result<Self> {
         self.check_member(index)?;
         self.members.drain(..index);
-        Ok(Self::new(self.members))
+        Ok(Self::of_shared(self.members))
     }
 
     /// Whether the active layer takes writes.
@@ -67,7 +74,7 @@ impl Chain {
 
     /// The active layer, where it is a qcow2 image.
     pub fn active_image(&self) -> Option<&Image> {
-        self.members.first().and_then(Member::image)
+        self.members.first().and_then(|top| top.image())
     }
 
     /// The view of member `index` together with all below it.

@@ -157,12 +157,13 @@ impl View {
     fn change(&self, f: impl FnOnce(&Image, &dyn Below) -> Result<()>) -> Result<()> {
         let path = self.chain.members()[self.member].path();
         let image = self.writable_image().at(path)?;
-        f(image, &Backing { chain: &self.chain }).at(path)
+        f(image, &Backing::of(&self.chain)).at(path)
     }
 
     fn writable_image(&self) -> Result<&Image> {
         match (self.member, &self.snapshot, self.chain.active_image()) {
             (0, None, Some(image)) if image.is_writable() => Ok(image),
+            (0, None, Some(image)) if image.is_retired() => Err(Error::new(Problem::Retired)),
             _ => Err(Error::new(Problem::ReadOnly)),
         }
     }
@@ -186,8 +187,14 @@ impl View {
 }
 
 /// What lies under the active layer of a chain.
-struct Backing<'a> {
+pub(super) struct Backing<'a> {
     chain: &'a Arc<Chain>,
+}
+
+impl<'a> Backing<'a> {
+    pub fn of(chain: &'a Arc<Chain>) -> Self {
+        Self { chain }
+    }
 }
 
 impl Backing<'_> {

@@ -49,7 +49,8 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     let members = &chain.members()[first..last];
     match arguments.output {
         Output::Json => {
-            let mut objects = members.iter().map(describe).collect::<Result<Vec<_>>>()?;
+            let mut objects =
+                members.iter().map(|member| describe(member)).collect::<Result<Vec<_>>>()?;
             if let Some(snapshot) = view.snapshot() {
                 objects[0]["virtual-size"] = snapshot.size().into();
                 objects[0]["qchainfs"] = json!({ "snapshot": snapshot_object(snapshot) });
@@ -61,7 +62,10 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
             print(&format!("{whole:#}\n"))?;
         }
         Output::Human => {
-            let mut texts = members.iter().map(describe_in_words).collect::<Result<Vec<_>>>()?;
+            let mut texts = members
+                .iter()
+                .map(|member| describe_in_words(member))
+                .collect::<Result<Vec<_>>>()?;
             if let Some(snapshot) = view.snapshot() {
                 let size = snapshot.size();
                 let name = printable(&snapshot.entry().name);

@@ -8,14 +8,17 @@ mod exit;
 mod info;
 mod info_encryption;
 mod logging;
+mod ls;
 mod map;
 mod mount;
 mod mount_helper;
 mod mount_options;
+mod overlay;
 mod progress;
 mod report;
 mod resize;
 mod size;
+mod target;
 mod umount;
 mod views;
 
@@ -52,6 +55,8 @@ enum Verb {
     Check(check::Arguments),
     Create(create::Arguments),
     Resize(resize::Arguments),
+    Overlay(overlay::Arguments),
+    Ls(ls::Arguments),
     #[command(name = "mount-helper", hide = true)]
     MountHelper(mount_helper::Arguments),
     #[command(name = "umount-helper", hide = true)]
@@ -92,6 +97,8 @@ pub fn run(arguments: impl Iterator<Item = OsString>) -> ExitCode {
         Verb::Check(arguments) => check::run(&arguments),
         Verb::Create(arguments) => finish(create::run(&arguments)),
         Verb::Resize(arguments) => finish(resize::run(&arguments)),
+        Verb::Overlay(arguments) => finish(overlay::run(&arguments)),
+        Verb::Ls(arguments) => finish(ls::run(&arguments)),
         Verb::MountHelper(arguments) => mount_helper::run(arguments),
         Verb::UmountHelper(arguments) => mount_helper::run_umount(&arguments),
     }

@@ -1,19 +1,21 @@
 //! `qchainfs resize`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use super::mount_options::{Options, Unknown};
+use super::target::Target;
 use super::{exit, logging, print, size};
 use crate::chain::{Chain, OpenOptions};
+use crate::control::{Client, Command};
 use crate::error::{At, Error, Result};
 use crate::image::Writability;
 
 /// Make the disk of an image larger, or smaller
 ///
-/// New bytes read as zero, whatever the backing file has there. An image that is mounted can't be
-/// resized by this: mount it with -o growable and use truncate.
+/// New bytes read as zero, whatever the backing file has there. The disk of a live mount can be
+/// made larger, not smaller.
 #[derive(clap::Args)]
 pub struct Arguments {
     /// Allow a smaller size: what is behind it is lost, but for what snapshots hold
@@ -28,8 +30,8 @@ pub struct Arguments {
     /// Options as for mount, of which backing_policy and secret count
     #[arg(short, value_name = "OPTIONS")]
     options: Vec<String>,
-    /// The image
-    image: PathBuf,
+    /// The image, or the mountpoint that shows it
+    target: PathBuf,
     /// The new size, like 20G, or a difference to the present one, like +5G
     #[arg(allow_hyphen_values = true)]
     size: String,
@@ -39,6 +41,17 @@ pub struct Arguments {
 pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     logging::to_stderr();
     let wanted = Wanted::parse(&arguments.size)?;
+    match Target::find(&arguments.target)? {
+        Target::Live(mut client) => resize_live(arguments, &wanted, &mut client)?,
+        Target::Image(image) => resize_image(arguments, &wanted, &image)?,
+    }
+    if !arguments.quiet && !arguments.dry_run {
+        print("Image resized.\n")?;
+    }
+    Ok(ExitCode::from(exit::DONE))
+}
+
+fn resize_image(arguments: &Arguments, wanted: &Wanted, image: &Path) -> Result<()> {
     let words = Options::parse(arguments.options.iter().map(String::as_str), Unknown::Refuse)?;
     let writability = match arguments.dry_run {
         true => Writability::ReadOnly,
@@ -50,30 +63,44 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
         secrets: words.secrets,
         ..OpenOptions::default()
     };
-    let chain = Arc::new(Chain::open(&arguments.image, &options)?);
+    let chain = Arc::new(Chain::open(image, &options)?);
     let disk = chain.view(0)?;
     let old = disk.size();
-    let new = wanted.size(old).at(&arguments.image)?;
+    let new = wanted.size(old).at(image)?;
     if new < old && !arguments.shrink {
         return Err(Error::usage(format!(
             "{new} bytes are less than the {old} of {} today: what is behind them would be lost (--shrink allows it)",
-            arguments.image.display()
+            image.display()
         )));
     }
     if arguments.dry_run {
-        print(&format!("{}: {old} bytes would become {new}\n", arguments.image.display()))?;
-        return Ok(ExitCode::from(exit::DONE));
+        return print(&plan(image, old, new));
     }
     if new >= old {
         disk.grow(new)?;
     } else {
         disk.shrink(new)?;
     }
-    chain.close()?;
-    if !arguments.quiet {
-        print("Image resized.\n")?;
+    chain.close()
+}
+
+fn resize_live(arguments: &Arguments, wanted: &Wanted, client: &mut Client) -> Result<()> {
+    let nodes = client.execute(&Command::QueryNodes)?;
+    let old = nodes[0]["image"]["virtual-size"].as_u64().unwrap_or_default();
+    let size = wanted.size(old).at(&arguments.target)?;
+    if size < old {
+        return Err(Error::usage(format!(
+            "the disk of a live mount can't become smaller than its {old} bytes: unmount it first"
+        )));
     }
-    Ok(ExitCode::from(exit::DONE))
+    if arguments.dry_run {
+        return print(&plan(&arguments.target, old, size));
+    }
+    client.execute(&Command::Resize { size }).map(drop)
+}
+
+fn plan(target: &Path, old: u64, new: u64) -> String {
+    format!("{}: {old} bytes would become {new}\n", target.display())
 }
 
 /// The size that was asked for, in bytes.

@@ -143,6 +143,11 @@ pub enum Problem {
     },
     /// Nothing of ours is mounted there.
     NotMounted,
+    /// Nobody takes commands for a mount.
+    Unreachable {
+        /// Why not.
+        reason: String,
+    },
     /// The mountpoint can't be used.
     Mountpoint {
         /// Why not.
@@ -159,6 +164,19 @@ pub enum Problem {
         program: &'static str,
         /// What it said.
         message: String,
+    },
+    /// The image is no longer the active layer: another one was put on top of it.
+    Retired,
+    /// What the process behind a mount could not do, in its words.
+    Remote {
+        /// See [`Error::headline`].
+        headline: String,
+        /// See [`Error::reason`].
+        reason: Option<String>,
+        /// See [`Error::advice`].
+        advice: Option<String>,
+        /// See [`Error::kind`].
+        kind: Kind,
     },
     /// The operating system said no.
     Io {
@@ -291,6 +309,7 @@ impl Error {
             Problem::Refused { .. } => Kind::Policy,
             Problem::Unsupported { .. } | Problem::ReadableOnly { .. } => Kind::Unsupported,
             Problem::Usage { .. } => Kind::Usage,
+            Problem::Remote { kind, .. } => *kind,
             _ => Kind::Failed,
         }
     }

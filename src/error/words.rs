@@ -67,12 +67,15 @@ impl Error {
             }
             Problem::Usage { message } => message.clone(),
             Problem::NotMounted => format!("{file} is not a mountpoint of qchainfs"),
+            Problem::Unreachable { .. } => format!("the mount at {file} does not answer"),
             Problem::Mountpoint { .. } => format!("{file} can't be used as a mountpoint"),
             Problem::Busy { holders } if holders.is_empty() => format!("{file} is still in use"),
             Problem::Busy { holders } => {
                 format!("{file} is still in use by {}", holders.join(", "))
             }
             Problem::Helper { program, .. } => format!("{program} failed"),
+            Problem::Retired => format!("{file} is a backing file by now"),
+            Problem::Remote { headline, .. } => headline.clone(),
             Problem::Io { action, .. } => match self.path() {
                 Some(path) => format!("{}: could not {action}", show(path)),
                 None => format!("could not {action}"),
@@ -95,6 +98,7 @@ impl Error {
             Problem::NotQcow2 => Some("it does not begin with the magic bytes 51 46 49 fb".into()),
             Problem::Invalid { reason, .. }
             | Problem::Refused { reason, .. }
+            | Problem::Unreachable { reason }
             | Problem::Mountpoint { reason } => Some(reason.clone()),
             Problem::Corrupt { what } | Problem::BrokenData { what } => Some(what.clone()),
             Problem::NeedsRepair { mark } => Some(match mark {
@@ -130,6 +134,7 @@ impl Error {
                 count.saturating_sub(1)
             )),
             Problem::Helper { message, .. } => Some(message.clone()),
+            Problem::Remote { reason, .. } => reason.clone(),
             Problem::Io { source, .. } => Some(source.to_string()),
             _ => None,
         }
@@ -159,7 +164,9 @@ impl Error {
                 "qchainfs mount -o {} IMAGE MOUNTPOINT",
                 shell_word(Path::new(option))
             )),
-            Problem::NotMounted => Some("findmnt -t fuse.qchainfs".into()),
+            Problem::Remote { advice, .. } => advice.clone(),
+            Problem::NotMounted => Some("qchainfs ls".into()),
+            Problem::Unreachable { .. } => Some(format!("qchainfs umount {file}")),
             Problem::NoSuchSnapshot { .. } => Some(format!("qchainfs info {file}")),
             Problem::NoSuchMember { .. } => Some(format!("qchainfs info --backing-chain {file}")),
             _ => None,

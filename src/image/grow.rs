@@ -40,6 +40,7 @@ impl Image {
     fn grow_to(&self, below: &dyn Below, size: u64) -> Result<()> {
         // Nobody reads or writes meanwhile: what the new part holds is settled when the first can.
         let _disk = self.claim_disk();
+        self.check_open_for_writing()?;
         let old_size = self.size();
         self.grow_l1(self.geometry.l1_entries(size) as usize)?;
         // Zeroed before the header says that it is there: a crash in between changes nothing that can be seen.

@@ -22,6 +22,7 @@ mod pages;
 mod preallocation;
 mod ranges;
 mod read;
+mod retire;
 mod shrink;
 mod snapshots;
 mod sync;
@@ -37,6 +38,7 @@ pub use create::{CreateOptions, NewImage};
 pub use map::{Content, Place, Run, Tree};
 pub use open::{Companions, read_header};
 pub use ranges::RangeGuard;
+pub use retire::Retirement;
 pub use snapshots::SnapshotTree;
 pub use zero::ZeroMode;
 
@@ -76,6 +78,8 @@ pub struct Image {
     unsynced: AtomicBool,
     /// A write of metadata failed, or corruption was found: no more writes.
     closed: AtomicBool,
+    /// Another image is the active layer now.
+    retired: AtomicBool,
     /// The first change has prepared the header.
     begun: Mutex<bool>,
     /// Counts changes of the active mapping.
@@ -127,9 +131,14 @@ impl Image {
         self.snapshots.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Whether the image was opened for writing.
+    /// Whether it was the active layer until another image was put on top of it.
+    pub fn is_retired(&self) -> bool {
+        self.retired.load(Ordering::Acquire)
+    }
+
+    /// Whether the image was opened for writing, and is still the active layer.
     pub fn is_writable(&self) -> bool {
-        self.writability == Writability::Writable
+        self.writability == Writability::Writable && !self.is_retired()
     }
 
     /// Grows whenever the mapping of the active layer changes.
@@ -161,6 +170,9 @@ impl Image {
     }
 
     fn check_open_for_writing(&self) -> Result<()> {
+        if self.is_retired() {
+            return Err(Error::new(Problem::Retired));
+        }
         if !self.is_writable() {
             return Err(Error::new(Problem::ReadOnly));
         }
@@ -180,6 +192,13 @@ impl Image {
                 size,
             })),
         }
+    }
+
+    /// To be called again by a writer who has waited for its range: meanwhile the disk may have become smaller, or that of
+    /// another image.
+    fn check_still_inside(&self, range: GuestRange) -> Result<()> {
+        self.check_open_for_writing()?;
+        self.check_inside(range)
     }
 
     fn mapping_changed(&self) {

@@ -93,6 +93,7 @@ impl Image {
             snapshots: RwLock::new(snapshots.trees),
             unsynced: AtomicBool::new(false),
             closed: AtomicBool::new(false),
+            retired: AtomicBool::new(false),
             begun: Mutex::new(false),
             generation: AtomicU64::new(0),
             decompressed: Decompressed::new(header_compression, geometry),

@@ -37,6 +37,7 @@ impl Image {
 
     fn shrink_to(&self, below: &dyn Below, size: u64) -> Result<()> {
         let _disk = self.claim_disk();
+        self.check_open_for_writing()?;
         // No table that goes may wait to be written.
         self.flush_all()?;
         let old_size = self.size();

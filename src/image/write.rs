@@ -36,8 +36,7 @@ impl Image {
             return Ok(());
         }
         let guard = self.claim_range(range);
-        // The disk may have become smaller while this waited.
-        self.check_inside(range)?;
+        self.check_still_inside(range)?;
         self.write_claimed(below, offset, data)?;
         drop(guard);
         self.bound_dirty_metadata()
@@ -49,7 +48,7 @@ impl Image {
             return Ok(false);
         }
         let _mapping = self.keep_mapping(range);
-        self.check_inside(range)?;
+        self.check_still_inside(range)?;
         let mut places = Vec::with_capacity(1);
         let mut at = range.start;
         while at < range.end() {

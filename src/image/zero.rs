@@ -47,7 +47,7 @@ impl Image {
             let end = (at.align_down(step) + step).min(range.end());
             let part = GuestRange::new(at, end - at);
             let guard = self.claim_range(part);
-            self.check_inside(part)?;
+            self.check_still_inside(part)?;
             self.zero_claimed(below, part, mode)?;
             drop(guard);
             self.bound_dirty_metadata()?;

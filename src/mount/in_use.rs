@@ -62,7 +62,8 @@ fn mapped_file(line: &[u8]) -> Option<&Path> {
     Some(Path::new(OsStr::from_bytes(&line[start..])))
 }
 
-fn loop_devices(mountpoint: &Path) -> Vec<String> {
+/// The loop devices whose files are under `mountpoint`.
+pub(super) fn loop_devices(mountpoint: &Path) -> Vec<String> {
     let block = Path::new("/sys/block");
     let mut devices: Vec<_> = names_in(block)
         .filter(|name| {

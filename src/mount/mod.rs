@@ -9,9 +9,11 @@ mod documents;
 mod fuse;
 mod in_use;
 mod inode;
+mod live;
 mod mount_table;
 mod names;
 mod partitions;
+mod quiesce;
 mod session;
 mod state;
 mod tree;
@@ -21,8 +23,8 @@ pub use attach::{Audience, Detach, MountFlag, detach};
 pub use inode::Inode;
 pub use mount_table::{MountEntry, our_mount, our_mounts};
 pub use session::{MountOptions, Session, Stop};
-pub use state::{open_process, server};
+pub use state::{control_socket, open_process, server};
 pub use tree::{
-    Attributes, Caching, DiscardMode, Entry, Growth, Handle, Kind, Layout, Lifetime, OpenFor,
-    Ownership, PastEnd, Statistics, Tree, TreeOptions,
+    Attributes, Caching, Changed, DiscardMode, Entry, Growth, Handle, Kind, Layout, Lifetime,
+    OpenFor, Outdated, Ownership, PastEnd, Statistics, Tree, TreeOptions,
 };

@@ -1,6 +1,7 @@
 //! A mount from its beginning to its end.
 
 use std::fs::{self, OpenOptions};
+use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -9,14 +10,16 @@ use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use fuser::{Config, SessionACL};
+use fuser::{Config, INodeNo, SessionACL};
 
 use super::attach::{AttachOptions, Audience, Detach, MountFlag, attach, detach, layout_at};
 use super::fuse::Fuse;
+use super::live::Live;
 use super::mount_table::{MountEntry, our_mount};
 use super::state::State;
-use super::tree::{Tree, TreeOptions};
+use super::tree::{Outdated, Tree, TreeOptions};
 use crate::chain::{Chain, View};
+use crate::control::Server;
 use crate::error::{At, Doing, Error, Problem, Result};
 use crate::image::Writability;
 use crate::store::FileId;
@@ -44,17 +47,19 @@ pub struct MountOptions {
 /// A mount that answers.
 pub struct Session {
     fuse: fuser::Session<Fuse>,
-    chain: Arc<Chain>,
+    tree: Arc<Tree>,
     mountpoint: PathBuf,
     /// Which mount is ours: another may be at the same place when this one ends.
     mount: Option<MountEntry>,
+    /// Dropped before `_state`, which holds its place.
+    control: Option<Server>,
     _state: Option<State>,
 }
 
 /// Ends a session from another thread.
 #[derive(Clone)]
 pub struct Stop {
-    chain: Arc<Chain>,
+    tree: Arc<Tree>,
     mountpoint: PathBuf,
     mount: Option<MountEntry>,
     requests: Arc<AtomicU32>,
@@ -71,7 +76,7 @@ impl Session {
             if root.is_writable() { Writability::Writable } else { Writability::ReadOnly };
         let layout = layout_at(&options.mountpoint)?;
         check_is_no_member(&options.mountpoint, &chain)?;
-        let tree = Tree::new(root, layout, options.tree.clone())?;
+        let tree = Arc::new(Tree::new(root, layout, options.tree.clone())?);
         let connection = attach(
             &options.mountpoint,
             &AttachOptions {
@@ -86,7 +91,7 @@ impl Session {
         config.clone_fd = may_clone();
         // The kernel itself keeps out whom it should; a loop device's requests come from root.
         let fuse =
-            fuser::Session::from_fd(Fuse::new(Arc::new(tree)), connection, SessionACL::All, config);
+            fuser::Session::from_fd(Fuse::new(tree.clone()), connection, SessionACL::All, config);
         match fuse.doing("talk to the kernel's FUSE").at(&options.mountpoint) {
             Ok(fuse) => {
                 let mountpoint = options.mountpoint.clone();
@@ -95,7 +100,16 @@ impl Session {
                 if let Some(mount) = &mount {
                     read_further_ahead(mount);
                 }
-                Ok(Self { fuse, chain, mountpoint, mount, _state: state })
+                let control = state.as_ref().and_then(|state| {
+                    let notifier = fuse.notifier();
+                    let place = mount.as_ref().map_or(&mountpoint, |mount| &mount.mountpoint);
+                    let forget = move |outdated: &Outdated| forget(&notifier, outdated);
+                    let live = Live::new(tree.clone(), place.clone(), forget);
+                    let server = listen(&state.socket(), live)?;
+                    tree.set_control_socket(state.socket());
+                    Some(server)
+                });
+                Ok(Self { fuse, tree, mountpoint, mount, control, _state: state })
             }
             Err(error) => {
                 // Nobody will answer there: a mount left behind would hang whoever touches it.
@@ -110,7 +124,7 @@ impl Session {
     /// A way to end the session.
     pub fn stop(&self) -> Stop {
         Stop {
-            chain: self.chain.clone(),
+            tree: self.tree.clone(),
             mountpoint: self.mountpoint.clone(),
             mount: self.mount.clone(),
             requests: Arc::default(),
@@ -122,10 +136,12 @@ impl Session {
     /// # Errors
     /// A connection that breaks; changes that could not be made durable.
     pub fn run(self) -> Result<()> {
-        let write_back = WriteBack::start(self.chain.clone())?;
+        let write_back = WriteBack::start(self.tree.clone())?;
         let served = self.fuse.run().doing("answer the kernel's FUSE").at(&self.mountpoint);
+        // What a client began is done before the image is closed, and nothing begins after.
+        drop(self.control);
         write_back.finish();
-        let closed = self.chain.close();
+        let closed = self.tree.chain().close();
         served.and(closed)
     }
 }
@@ -135,7 +151,7 @@ impl Stop {
     /// a second request ends it for him, too.
     pub fn request(&self) {
         let before = self.requests.fetch_add(1, Ordering::AcqRel);
-        if let Err(error) = self.chain.flush() {
+        if let Err(error) = self.tree.sync() {
             log::error!("{error}");
         }
         if before > 0 {
@@ -174,14 +190,14 @@ struct WriteBack {
 }
 
 impl WriteBack {
-    fn start(chain: Arc<Chain>) -> Result<Self> {
+    fn start(tree: Arc<Tree>) -> Result<Self> {
         let (finish, finished) = mpsc::channel();
         let work = move || {
             while finished.recv_timeout(WRITE_BACK_EVERY) == Err(RecvTimeoutError::Timeout) {
-                if let Err(error) = chain.flush() {
+                if let Err(error) = tree.sync() {
                     log::debug!("write-back: {error}");
                 }
-                chain.tidy();
+                tree.chain().tidy();
             }
         };
         let thread = thread::Builder::new().name("write-back".into()).spawn(work);
@@ -213,6 +229,31 @@ fn read_further_ahead(mount: &MountEntry) {
     let setting = format!("/sys/class/bdi/{}/read_ahead_kb", mount.device);
     if let Err(error) = fs::write(&setting, READ_AHEAD_KIB.to_string()) {
         log::debug!("{setting}: {error}");
+    }
+}
+
+/// Takes commands for the mount. Without that it works, and only can't be managed.
+fn listen(socket: &Path, live: Live) -> Option<Server> {
+    match Server::start(socket, Arc::new(live)) {
+        Ok(server) => Some(server),
+        Err(error) => {
+            log::warn!("{}: no control socket: {error}", socket.display());
+            None
+        }
+    }
+}
+
+/// Tells the kernel what it can't rely on any more.
+fn forget(notifier: &fuser::Notifier, outdated: &Outdated) {
+    let told = match outdated {
+        Outdated::Name { parent, name } => notifier.inval_entry(INodeNo(parent.0), name.as_ref()),
+        Outdated::Content(inode) => notifier.inval_inode(INodeNo(inode.0), 0, 0),
+    };
+    // What it does not know it need not forget.
+    if let Err(error) = told
+        && error.kind() != ErrorKind::NotFound
+    {
+        log::warn!("the kernel could not be told of a change: {error}");
     }
 }
 

@@ -64,6 +64,11 @@ impl State {
         fs::rename(&unfinished, &file)?;
         Ok(Self { directory, file })
     }
+
+    /// Where its control socket belongs: beside the file.
+    pub fn socket(&self) -> PathBuf {
+        self.file.with_extension("sock")
+    }
 }
 
 impl Drop for State {
@@ -81,6 +86,16 @@ impl Drop for State {
 
 /// The process that serves `mount`, if its state is known and it is still there.
 pub fn server(mount: &MountEntry) -> Option<OwnedFd> {
+    live_state(mount).map(|(_, process)| process)
+}
+
+/// The control socket of `mount`, if the process that serves it is still there.
+pub fn control_socket(mount: &MountEntry) -> Option<PathBuf> {
+    live_state(mount).map(|(file, _)| file.with_extension("sock"))
+}
+
+/// The file that says who serves `mount`, and that process.
+fn live_state(mount: &MountEntry) -> Option<(PathBuf, OwnedFd)> {
     let owner = mount.owner().unwrap_or_else(|| geteuid().as_raw());
     let own = directories(geteuid().as_raw());
     let places = own.into_iter().chain(directories(owner));
@@ -94,7 +109,7 @@ pub fn server(mount: &MountEntry) -> Option<OwnedFd> {
         let pid = u32::try_from(state["pid"].as_u64()?).ok()?;
         // Once it is held, its number can't become another's.
         let process = open_process(pid)?;
-        (start_time(pid)? == state["start-time"].as_u64()?).then_some(process)
+        (start_time(pid)? == state["start-time"].as_u64()?).then_some((file, process))
     })
 }
 

@@ -43,6 +43,14 @@ pub struct FileId {
     pub inode: u64,
 }
 
+impl FileId {
+    /// The file that `path` leads to, if it does.
+    pub fn of(path: &Path) -> Option<Self> {
+        let metadata = fs::metadata(path).ok()?;
+        Some(Self { device: metadata.dev(), inode: metadata.ino() })
+    }
+}
+
 impl FileStore {
     /// Opens a file that exists.
     ///
@@ -108,6 +116,28 @@ impl FileStore {
     /// [`Problem::Locked`] with the processes that hold the file.
     pub fn lock(&self, mode: LockMode) -> Result<()> {
         lock::take(&self.file, self.id, mode)
+    }
+
+    /// Goes over from [`LockMode::Write`] to [`LockMode::Read`], without a moment without locks.
+    pub fn lock_for_reading_only(&self) {
+        lock::stop_writing(&self.file);
+    }
+
+    /// Makes sure that a power cut does not take the file's name, `path`.
+    ///
+    /// # Errors
+    /// The operating system's answer.
+    pub fn make_name_durable(&self, path: &Path) -> io::Result<()> {
+        let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+        File::open(directory.unwrap_or(Path::new(".")))?.sync_all()
+    }
+
+    /// Empties the file.
+    ///
+    /// # Errors
+    /// The operating system's answer.
+    pub fn clear(&self) -> io::Result<()> {
+        self.file.set_len(0)
     }
 
     /// Which file this is.

@@ -77,6 +77,20 @@ pub(super) fn take(file: &File, id: FileId, mode: LockMode) -> Result<()> {
     Ok(())
 }
 
+/// Gives back what only [`LockMode::Write`] has.
+pub(super) fn stop_writing(file: &File) {
+    let kept = LockMode::Read.used();
+    for permission in LockMode::Write.used().iter().filter(|permission| !kept.contains(permission))
+    {
+        // Without the locks that a file system lacks there is nothing to give back.
+        let unlocked =
+            fcntl(file, FcntlArg::F_OFD_SETLK(&byte_lock(libc::F_UNLCK, USED + permission)));
+        if let Err(errno) = unlocked {
+            log::debug!("could not give back an image lock: {errno}");
+        }
+    }
+}
+
 /// Gives `taken` back and says who is in the way.
 fn conflict(file: &File, id: FileId, taken: &[i64]) -> Error {
     for &byte in taken {

@@ -122,12 +122,12 @@ fn what_a_disk_gives_up_is_given_back_to_the_host() {
 }
 
 #[test]
-fn a_mounted_image_is_not_resized() {
+fn an_image_that_is_mounted_read_only_is_not_resized() {
     let images = Images::new();
     let image = images.create("disk.qcow2", M, "");
-    let mounted = Mounted::new(&image);
-    let said = qchainfs(&args!["resize", image, "2M"]).fails(11);
-    assert!(said.contains("qchainfs"), "{said}");
+    let mounted = Mounted::read_only(&image);
+    qchainfs(&args!["resize", &image, "2M"]).fails(11);
+    qchainfs(&args!["resize", mounted.root(), "2M"]).fails(1);
     mounted.umount();
     assert_eq!(virtual_size(&image), M);
 }
@@ -143,4 +143,21 @@ fn qemu_resizes_what_we_resized() {
     let mut expected = vec![5; index(300 * K)];
     expected.resize(index(900 * K), 0);
     same("after QEMU grew it", &expected, &bytes_of(&image));
+}
+
+#[test]
+fn the_disk_of_a_live_mount_becomes_larger_and_never_smaller() {
+    let images = Images::new();
+    let image = images.create("disk.qcow2", M, "");
+    let mounted = Mounted::new(&image);
+    qchainfs(&args!["resize", "-n", mounted.root(), "+1M"]).ok();
+    assert_eq!(fs::metadata(mounted.disk()).expect("stat").len(), M);
+    qchainfs(&args!["resize", mounted.root(), "+1M"]).ok();
+    assert_eq!(fs::metadata(mounted.disk()).expect("stat").len(), 2 * M);
+    qchainfs(&args!["resize", &image, "3M"]).ok();
+    assert_eq!(fs::metadata(mounted.disk()).expect("stat").len(), 3 * M);
+    qchainfs(&args!["resize", "--shrink", mounted.root(), "1M"]).fails(2);
+    mounted.umount();
+    assert_eq!(virtual_size(&image), 3 * M);
+    check(&image);
 }

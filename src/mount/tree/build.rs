@@ -4,12 +4,14 @@ use std::collections::{BTreeMap, HashMap};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, RwLock};
+use std::sync::{Arc, Mutex, OnceLock, RwLock};
 
 use super::handles::Handles;
+use super::shape::Shape;
 use super::{Directory, Document, Layout, Node, Partitions, Tree, TreeOptions, What, Window};
 use crate::chain::{Chain, SnapshotChoice, View};
 use crate::error::{Error, Result};
+use crate::image::SnapshotTree;
 use crate::mount::inode::Inode;
 use crate::mount::names::{file_name, insert_unique};
 use crate::mount::view_files::ViewFiles;
@@ -23,41 +25,86 @@ impl Tree {
         if root.member() != 0 {
             return Err(Error::usage("the root of a tree is a view of member 0"));
         }
+        let root_identity = member_identity(root.chain(), 0);
+        let plan = Plan { layout, first_member: options.first_member, root_identity };
+        let shape = plan.build(root, None, None)?;
+        Ok(Self {
+            options,
+            plan,
+            shape: RwLock::new(Arc::new(shape)),
+            changing: Mutex::default(),
+            partitions: RwLock::default(),
+            handles: Handles::default(),
+            writes: AtomicU64::new(0),
+            control_socket: OnceLock::new(),
+        })
+    }
+}
+
+/// What stays the same of a tree, whatever becomes of its chain.
+pub(super) struct Plan {
+    layout: Layout,
+    /// What member 0 of the chain is called in addresses.
+    first_member: usize,
+    /// The identity of the active disk is that of the first one: its inode goes on when another image takes over.
+    root_identity: Vec<u8>,
+}
+
+impl Plan {
+    /// The shape with `root` at its root. What has been found out about views of `previous` is kept where they are the same;
+    /// `hidden` is not shown.
+    pub fn build(
+        &self,
+        root: View,
+        previous: Option<&Shape>,
+        hidden: Option<&Arc<SnapshotTree>>,
+    ) -> Result<Shape> {
         let chain = root.chain().clone();
+        let known = previous.filter(|previous| Arc::ptr_eq(&previous.chain, &chain));
+        let known = known.map(|previous| &previous.views[..]).unwrap_or_default();
         let mut builder = Builder {
+            plan: self,
             chain: chain.clone(),
-            first_member: options.first_member,
+            known: known.iter().map(|files| (ViewKey::of(&files.view), files.clone())).collect(),
+            hidden,
             views: Vec::new(),
             nodes: HashMap::new(),
         };
-        match layout {
+        match self.layout {
             Layout::Directory => builder.root(root)?,
             Layout::File => {
                 let view = builder.add_view(root);
                 builder.put(Inode::ROOT, Inode::ROOT, view, What::Disk(Window::Whole));
             }
         }
-        Ok(Self {
-            chain,
-            options,
-            views: builder.views,
-            nodes: builder.nodes,
-            partitions: RwLock::default(),
-            handles: Handles::default(),
-            writes: AtomicU64::new(0),
-        })
+        Ok(Shape { chain, views: builder.views, nodes: builder.nodes })
     }
 }
 
-struct Builder {
+struct Builder<'a> {
+    plan: &'a Plan,
     chain: Arc<Chain>,
-    /// What member 0 of the chain is called in addresses.
-    first_member: usize,
-    views: Vec<ViewFiles>,
+    /// Views of the same chain that were there before.
+    known: HashMap<ViewKey, Arc<ViewFiles>>,
+    hidden: Option<&'a Arc<SnapshotTree>>,
+    views: Vec<Arc<ViewFiles>>,
     nodes: HashMap<Inode, Node>,
 }
 
-impl Builder {
+/// Tells the views of a chain apart.
+#[derive(PartialEq, Eq, Hash)]
+struct ViewKey {
+    member: usize,
+    snapshot: Option<*const SnapshotTree>,
+}
+
+impl ViewKey {
+    fn of(view: &View) -> Self {
+        Self { member: view.member(), snapshot: view.snapshot().map(std::ptr::from_ref) }
+    }
+}
+
+impl Builder<'_> {
     fn root(&mut self, view: View) -> Result<()> {
         let active = self.add_view(view);
         let mut root = self.view_directory(active, Inode::ROOT);
@@ -133,6 +180,9 @@ impl Builder {
             self.put(file, inode, active, What::Document(document));
             children.insert(name.to_owned(), file);
         }
+        let socket = self.reserve(&[b".qchainfs", b"control.sock"]);
+        self.put(socket, inode, active, What::ControlSocket);
+        children.insert("control.sock".to_owned(), socket);
         let directory = Directory { children, ..Directory::default() };
         self.put(inode, Inode::ROOT, active, What::Directory(directory));
         inode
@@ -143,6 +193,9 @@ impl Builder {
         let mut children = BTreeMap::new();
         let snapshots = self.chain.members()[index].image().map(|image| image.snapshots());
         for snapshot in snapshots.unwrap_or_default() {
+            if self.hidden.is_some_and(|hidden| Arc::ptr_eq(hidden, &snapshot)) {
+                continue;
+            }
             let entry = snapshot.entry().clone();
             let view = self.add_view(self.chain.snapshot_view(index, snapshot)?);
             let directory = self.reserve(&[&self.view_identity(view), b"directory"]);
@@ -174,7 +227,11 @@ impl Builder {
     }
 
     fn add_view(&mut self, view: View) -> usize {
-        let member = match self.first_member + view.member() {
+        if let Some(files) = self.known.remove(&ViewKey::of(&view)) {
+            self.views.push(files);
+            return self.views.len() - 1;
+        }
+        let member = match self.plan.first_member + view.member() {
             0 => String::new(),
             index => format!("[{index}]"),
         };
@@ -186,7 +243,7 @@ impl Builder {
                 format!("{member}@{}", SnapshotChoice::of(snapshot, &snapshots))
             }
         };
-        self.views.push(ViewFiles::new(view, address));
+        self.views.push(Arc::new(ViewFiles::new(view, address)));
         self.views.len() - 1
     }
 
@@ -205,20 +262,18 @@ impl Builder {
         self.nodes.insert(inode, Node { inode, parent, view, what });
     }
 
-    /// What makes a member the same from mount to mount: its file, whatever its place in the chain.
-    ///
-    /// Not the device number: that can change with every boot. So two members can have one identity.
     fn member_identity(&self, index: usize) -> Vec<u8> {
-        let member = &self.chain.members()[index];
-        let mut identity = member.store().id().inode.to_be_bytes().to_vec();
-        identity.extend(member.path().file_name().unwrap_or_default().as_bytes());
-        identity
+        member_identity(&self.chain, index)
     }
 
     /// What makes a view the same from mount to mount.
     fn view_identity(&self, view: usize) -> Vec<u8> {
+        let is_root = view == 0;
         let view = &self.views[view].view;
-        let mut identity = self.member_identity(view.member());
+        let mut identity = match is_root {
+            true => self.plan.root_identity.clone(),
+            false => self.member_identity(view.member()),
+        };
         if let Some(snapshot) = view.snapshot() {
             let entry = snapshot.entry();
             identity.push(0);
@@ -228,4 +283,14 @@ impl Builder {
         }
         identity
     }
+}
+
+/// What makes a member the same from mount to mount: its file, whatever its place in the chain.
+///
+/// Not the device number: that can change with every boot. So two members can have one identity.
+fn member_identity(chain: &Chain, index: usize) -> Vec<u8> {
+    let member = &chain.members()[index];
+    let mut identity = member.store().id().inode.to_be_bytes().to_vec();
+    identity.extend(member.path().file_name().unwrap_or_default().as_bytes());
+    identity
 }

@@ -51,23 +51,22 @@ pub(super) struct Handles {
 }
 
 enum Open {
-    Disk { view: View, window: Window },
+    /// The active disk, whichever image is on top.
+    Active {
+        window: Window,
+    },
+    /// A view that stays what it is.
+    Disk {
+        view: View,
+        window: Window,
+    },
     Document(Vec<u8>),
-}
-
-impl Open {
-    fn len(&self) -> u64 {
-        match self {
-            Self::Disk { view, window } => window.range(view).len,
-            Self::Document(content) => content.len() as u64,
-        }
-    }
 }
 
 impl Handles {
     fn add(&self, open: Open) -> Handle {
-        let number = self.next.fetch_add(1, Ordering::Relaxed);
         let mut files = self.open.write().unwrap_or_else(PoisonError::into_inner);
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
         files.insert(number, Arc::new(open));
         Handle(number)
     }
@@ -75,13 +74,6 @@ impl Handles {
     fn get(&self, handle: Handle) -> Result<Arc<Open>> {
         let files = self.open.read().unwrap_or_else(PoisonError::into_inner);
         files.get(&handle.0).cloned().ok_or_else(|| Error::usage("no such open file"))
-    }
-
-    fn disk(&self, handle: Handle) -> Result<(View, GuestRange)> {
-        match &*self.get(handle)? {
-            Open::Disk { view, window } => Ok((view.clone(), window.range(view))),
-            Open::Document(_) => Err(Error::new(Problem::ReadOnly)),
-        }
     }
 }
 
@@ -91,20 +83,21 @@ impl Tree {
     /// # Errors
     /// [`Problem::ReadOnly`] for a write open of anything but the active disk of a writable mount.
     pub fn open(&self, inode: Inode, purpose: OpenFor) -> Result<(Handle, Caching)> {
-        let node = self.node(inode)?;
-        let view = &self.views[node.view].view;
+        // Held until the file counts as open: what is open is not taken away.
+        let shape = self.shape.read().unwrap_or_else(PoisonError::into_inner);
+        let node = self.node(&shape, inode)?;
+        let view = &shape.views[node.view].view;
         let (open, caching) = match node.what {
-            What::Disk(window) if view.is_writable() => {
-                (Open::Disk { view: view.clone(), window }, Caching::Nothing)
-            }
+            What::Disk(window) if view.is_writable() => (Open::Active { window }, Caching::Nothing),
             What::Disk(window) => (Open::Disk { view: view.clone(), window }, Caching::Everything),
             What::Document(document) => {
-                (Open::Document(self.content(document, node.view)?), Caching::Nothing)
+                (Open::Document(self.content(&shape, document, node.view)?), Caching::Nothing)
             }
-            What::Directory(_) | What::Link(_) => return Err(Error::usage("not a file")),
+            What::Directory(_) | What::Link(_) | What::ControlSocket => {
+                return Err(Error::usage("not a file"));
+            }
         };
-        let writable = matches!(open, Open::Disk { .. }) && view.is_writable();
-        if purpose == OpenFor::Writing && !writable {
+        if purpose == OpenFor::Writing && !matches!(open, Open::Active { .. }) {
             return Err(Error::new(Problem::ReadOnly));
         }
         Ok((self.handles.add(open), caching))
@@ -128,21 +121,20 @@ impl Tree {
                 buf[..len].copy_from_slice(&rest[..len]);
                 Ok(len)
             }
-            Open::Disk { view, window } => {
-                let range = window.range(view);
+            open => self.on_disk(open, |view, range| {
                 let len = range.len.saturating_sub(offset).min(buf.len() as u64) as usize;
                 if len > 0 {
                     view.read(range.start + offset, &mut buf[..len])?;
                 }
                 Ok(len)
-            }
+            }),
         }
     }
 
     /// What [`Self::read`] would read of `len` bytes, without copying it, where that can be had.
     pub fn mapped(&self, handle: Handle, offset: u64, len: u64) -> Option<MappedRun> {
         match &*self.handles.get(handle).ok()? {
-            Open::Document(_) => None,
+            Open::Document(_) | Open::Active { .. } => None,
             Open::Disk { view, window } => {
                 let range = window.range(view);
                 let len = range.len.checked_sub(offset)?.min(len);
@@ -156,15 +148,16 @@ impl Tree {
     /// # Errors
     /// [`Problem::OutOfRange`] if there is no room at all; as [`View::write`].
     pub fn write(&self, handle: Handle, offset: u64, data: &[u8]) -> Result<usize> {
-        let (view, range) = self.handles.disk(handle)?;
-        let len = range.len.saturating_sub(offset).min(data.len() as u64) as usize;
-        if len == 0 && !data.is_empty() {
-            let len = data.len() as u64;
-            return Err(Error::new(Problem::OutOfRange { offset, len, size: range.len }));
-        }
-        let written = view.write(range.start + offset, &data[..len]);
-        self.writes.fetch_add(1, Ordering::AcqRel);
-        written.map(|()| len)
+        self.on_disk(&*self.handles.get(handle)?, |view, range| {
+            let len = range.len.saturating_sub(offset).min(data.len() as u64) as usize;
+            if len == 0 && !data.is_empty() {
+                let len = data.len() as u64;
+                return Err(Error::new(Problem::OutOfRange { offset, len, size: range.len }));
+            }
+            let written = view.write(range.start + offset, &data[..len]);
+            self.writes.fetch_add(1, Ordering::AcqRel);
+            written.map(|()| len)
+        })
     }
 
     /// Makes a range read as zero and gives its space back, as far as the mount's options say.
@@ -176,8 +169,9 @@ impl Tree {
             DiscardMode::Unmap => ZeroMode::Unmap,
             DiscardMode::Ignore => ZeroMode::Keep,
         };
-        let (view, range) = self.handles.disk(handle)?;
-        self.make_zero(&view, range, offset, len, mode)
+        self.on_disk(&*self.handles.get(handle)?, |view, range| {
+            self.make_zero(view, range, offset, len, mode)
+        })
     }
 
     /// Makes a range read as zero and keeps its space.
@@ -185,11 +179,12 @@ impl Tree {
     /// # Errors
     /// [`Problem::SizeIsFixed`]; as [`View::zero`].
     pub fn zero(&self, handle: Handle, offset: u64, len: u64, past_end: PastEnd) -> Result<()> {
-        let (view, range) = self.handles.disk(handle)?;
-        if past_end == PastEnd::Refuse && offset.saturating_add(len) > range.len {
-            return Err(Error::new(Problem::SizeIsFixed));
-        }
-        self.make_zero(&view, range, offset, len, ZeroMode::Keep)
+        self.on_disk(&*self.handles.get(handle)?, |view, range| {
+            if past_end == PastEnd::Refuse && offset.saturating_add(len) > range.len {
+                return Err(Error::new(Problem::SizeIsFixed));
+            }
+            self.make_zero(view, range, offset, len, ZeroMode::Keep)
+        })
     }
 
     /// Zeroes what of the `len` bytes at `offset` of the file that shows `range` is inside it.
@@ -213,14 +208,15 @@ impl Tree {
     /// `None` if there is none; failing reads of tables.
     pub fn seek_data(&self, handle: Handle, offset: u64) -> Result<Option<u64>> {
         match &*self.handles.get(handle)? {
-            file if offset >= file.len() => Ok(None),
-            Open::Document(_) => Ok(Some(offset)),
-            Open::Disk { view, window } => {
-                let range = window.range(view);
+            Open::Document(content) => Ok((offset < content.len() as u64).then_some(offset)),
+            open => self.on_disk(open, |view, range| {
+                if offset >= range.len {
+                    return Ok(None);
+                }
                 let found = view.next_data(range.start + offset)?;
                 let inside = found.filter(|&found| found < range.end());
                 Ok(inside.map(|found| found - range.start))
-            }
+            }),
         }
     }
 
@@ -230,13 +226,17 @@ impl Tree {
     /// `None` behind the end; failing reads of tables.
     pub fn seek_hole(&self, handle: Handle, offset: u64) -> Result<Option<u64>> {
         match &*self.handles.get(handle)? {
-            file if offset >= file.len() => Ok(None),
-            Open::Document(content) => Ok(Some(content.len() as u64)),
-            Open::Disk { view, window } => {
-                let range = window.range(view);
+            Open::Document(content) => {
+                let len = content.len() as u64;
+                Ok((offset < len).then_some(len))
+            }
+            open => self.on_disk(open, |view, range| {
+                if offset >= range.len {
+                    return Ok(None);
+                }
                 let found = view.next_hole(range.start + offset)?;
                 Ok(Some(found.min(range.end()) - range.start))
-            }
+            }),
         }
     }
 
@@ -245,22 +245,58 @@ impl Tree {
     /// # Errors
     /// [`Problem::SizeIsFixed`]: a disk's size is not for `> disk.raw` to change.
     pub fn resize(&self, inode: Inode, size: u64) -> Result<Attributes> {
-        let node = self.node(inode)?;
-        let old = self.attributes_of(&node)?;
+        let shape = self.shape();
+        let node = self.node(&shape, inode)?;
+        let old = self.attributes_of(&shape, &node)?;
         if size == old.size {
             return Ok(old);
         }
-        if !self.views[node.view].view.is_writable() {
+        let What::Disk(window) = node.what else { return Err(Error::new(Problem::ReadOnly)) };
+        if !shape.views[node.view].view.is_writable() {
             return Err(Error::new(Problem::ReadOnly));
         }
-        let whole = matches!(node.what, What::Disk(Window::Whole));
-        if self.options.growth == Growth::Fixed || !whole || size < old.size {
+        if self.options.growth == Growth::Fixed || window != Window::Whole || size < old.size {
             return Err(Error::new(Problem::SizeIsFixed));
         }
-        let grown = self.views[node.view].view.grow(size);
+        self.grow(size)?;
+        self.attributes(inode)
+    }
+
+    /// Makes the active disk larger.
+    ///
+    /// # Errors
+    /// As [`View::grow`].
+    pub fn grow(&self, size: u64) -> Result<()> {
+        let active = Open::Active { window: Window::Whole };
+        let grown = self.on_disk(&active, |view, _| view.grow(size));
         // A partition table can mean something else on a larger disk.
         self.writes.fetch_add(1, Ordering::AcqRel);
-        grown?;
-        self.attributes_of(&node)
+        grown
+    }
+
+    /// Does `f` with the view of an open disk and the part of it that the file shows; again, if another image has become
+    /// the active layer while it waited for the old one.
+    fn on_disk<T>(
+        &self,
+        open: &Open,
+        mut f: impl FnMut(&View, GuestRange) -> Result<T>,
+    ) -> Result<T> {
+        loop {
+            let (done, chain) = match open {
+                Open::Document(_) => return Err(Error::new(Problem::ReadOnly)),
+                Open::Disk { view, window } => return f(view, window.range(view)),
+                Open::Active { window } => {
+                    let shape = self.shape();
+                    let view = shape.root();
+                    (f(view, window.range(view)), shape.chain.clone())
+                }
+            };
+            match done {
+                Err(error)
+                    if matches!(error.problem(), Problem::Retired)
+                        && !Arc::ptr_eq(&chain, &self.chain()) => {}
+                done => return done,
+            }
+        }
     }
 }

@@ -1,37 +1,44 @@
 //! The file system without FUSE: names, inodes, attributes, and reads and writes of disks.
 
 mod build;
+mod change;
 mod handles;
 mod lookup;
+mod shape;
 
 use std::collections::{BTreeMap, HashMap};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, RwLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use std::time::SystemTime;
 
+use self::build::Plan;
+pub use self::change::Changed;
 use self::handles::Handles;
 pub use self::handles::{Caching, Handle, OpenFor, PastEnd};
 pub use self::lookup::Entry;
+pub use self::shape::Outdated;
+use self::shape::Shape;
 use super::documents;
 use super::inode::Inode;
-use super::view_files::ViewFiles;
 use crate::chain::{Chain, View};
-use crate::error::Result;
+use crate::error::{Error, Problem, Result};
 use crate::units::GuestRange;
 
 /// All that a mount shows.
 pub struct Tree {
-    chain: Arc<Chain>,
     options: TreeOptions,
-    /// Index 0 is the active layer's.
-    views: Vec<ViewFiles>,
-    nodes: HashMap<Inode, Node>,
+    plan: Plan,
+    /// Held for reading where a file is opened, so that none is opened of what a change takes away; never over I/O.
+    shape: RwLock<Arc<Shape>>,
+    /// One change of the chain at a time.
+    changing: Mutex<()>,
     /// Partitions: they come and go with what is written to the disk.
     partitions: RwLock<PartitionNodes>,
     handles: Handles,
     /// Counts writes to the active layer.
     writes: AtomicU64,
+    control_socket: OnceLock<PathBuf>,
 }
 
 /// How a tree looks to its users.
@@ -101,6 +108,8 @@ struct Node {
 enum What {
     Directory(Directory),
     Link(PathBuf),
+    /// A link to the control socket.
+    ControlSocket,
     Disk(Window),
     Document(Document),
 }
@@ -213,13 +222,14 @@ pub struct Statistics {
 
 impl Tree {
     /// The chain that is shown.
-    pub fn chain(&self) -> &Arc<Chain> {
-        &self.chain
+    pub fn chain(&self) -> Arc<Chain> {
+        self.shape().chain.clone()
     }
 
     /// What `statfs` says.
     pub fn statistics(&self) -> Statistics {
-        Statistics { size: self.views[0].view.size(), files: self.nodes.len() as u64 }
+        let shape = self.shape();
+        Statistics { size: shape.root().size(), files: shape.nodes.len() as u64 }
     }
 
     /// Makes all that was written durable.
@@ -227,18 +237,36 @@ impl Tree {
     /// # Errors
     /// As [`Chain::flush`].
     pub fn sync(&self) -> Result<()> {
-        self.chain.flush()
+        self.chain().flush()
     }
 
-    fn attributes_of(&self, node: &Node) -> Result<Attributes> {
-        let files = &self.views[node.view];
+    /// Says where the control socket is. It can't be known before the tree is mounted.
+    pub fn set_control_socket(&self, socket: PathBuf) {
+        // It is said once.
+        let _ = self.control_socket.set(socket);
+    }
+
+    fn control_socket(&self) -> Result<&Path> {
+        let socket = self.control_socket.get();
+        socket.map(PathBuf::as_path).ok_or_else(|| Error::new(Problem::NotFound))
+    }
+
+    fn shape(&self) -> Arc<Shape> {
+        self.shape.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn attributes_of(&self, shape: &Shape, node: &Node) -> Result<Attributes> {
+        let files = &shape.views[node.view];
         let Ownership { uid, gid, umask } = self.options.ownership;
         let writable = files.view.is_writable();
         let (kind, size, allocated, mode) = match &node.what {
             What::Directory(_) => (Kind::Directory, 0, 0, 0o555),
             What::Link(target) => (Kind::Link, target.as_os_str().len() as u64, 0, 0o777),
+            What::ControlSocket => {
+                (Kind::Link, self.control_socket()?.as_os_str().len() as u64, 0, 0o777)
+            }
             What::Document(document) => {
-                let size = self.content(*document, node.view)?.len() as u64;
+                let size = self.content(shape, *document, node.view)?.len() as u64;
                 (Kind::File, size, size, 0o444)
             }
             What::Disk(window) => {
@@ -256,12 +284,20 @@ impl Tree {
         Ok(Attributes { inode: node.inode, kind, size, allocated, mode, uid, gid, time, lifetime })
     }
 
-    fn content(&self, document: Document, view: usize) -> Result<Vec<u8>> {
+    fn content(&self, shape: &Shape, document: Document, view: usize) -> Result<Vec<u8>> {
         match document {
-            Document::ViewInfo => documents::view_info(&self.views[view], &self.options.image),
-            Document::Chain => Ok(documents::chain_info(&self.chain, self.options.first_member)),
-            Document::Daemon => Ok(documents::daemon_info(&self.options.image)),
+            Document::ViewInfo => documents::view_info(&shape.views[view], self.image(shape)),
+            Document::Chain => Ok(documents::chain_info(&shape.chain, self.options.first_member)),
+            Document::Daemon => Ok(documents::daemon_info(self.image(shape))),
             Document::Version => Ok(documents::version()),
+        }
+    }
+
+    /// The top image of the chain that addresses count from.
+    fn image<'a>(&'a self, shape: &'a Shape) -> &'a Path {
+        match self.options.first_member {
+            0 => shape.chain.members()[0].path(),
+            _ => &self.options.image,
         }
     }
 

@@ -1,0 +1,125 @@
+//! A new image on top of a live chain: an external snapshot of what was the active layer.
+
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use super::member::{Disk, Member};
+use super::view::Backing;
+use super::{Chain, Format};
+use crate::error::{At, Doing, Error, Problem, Result};
+use crate::image::{Companions, CreateOptions, Image, NewImage, Writability};
+use crate::qcow2::{Geometry, Version};
+use crate::store::{Access, FileStore, LockMode};
+
+/// Clusters of 64 KiB and refcounts of 16 bits, as `qemu-img create` chooses.
+const GEOMETRY: (u32, u32) = (16, 4);
+
+/// What happens to a file that is in the place of a new one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Existing {
+    /// It stays as it is: an error.
+    Refuse,
+    /// It becomes the new image; what it held is lost.
+    Replace,
+}
+
+/// A new, empty image that names the active layer of a chain as its backing file, and is not on top of it yet.
+pub struct Overlay {
+    chain: Arc<Chain>,
+    top: Member,
+}
+
+impl Chain {
+    /// Makes the image `file` to go on top of the chain.
+    ///
+    /// # Errors
+    /// A chain that can't be written; a file that is there, or is part of the chain; an encrypted active layer, whose
+    /// overlay would show what it hides. No file is ever removed: one that could not be finished stays.
+    pub fn prepare_overlay(self: &Arc<Self>, file: &Path, existing: Existing) -> Result<Overlay> {
+        let old = &self.members[0];
+        let image = self.active_image().filter(|image| image.is_writable());
+        let image = image.ok_or_else(|| Error::new(Problem::ReadOnly).at(old.path()))?;
+        if image.is_encrypted() {
+            let feature =
+                "an overlay of an encrypted image: what is written to it would not be encrypted";
+            return Err(Error::unsupported(feature).at(old.path()));
+        }
+        let store = self.place_for(file, existing).at(file)?;
+        let options = CreateOptions {
+            size: image.size(),
+            version: Version::V3,
+            geometry: Geometry::new(GEOMETRY.0, GEOMETRY.1),
+            backing: Some((backing_name(old.path(), file)?, Format::Qcow2.to_string())),
+        };
+        NewImage::plan(&options).and_then(|new| new.write(&*store)).at(file)?;
+        store.make_name_durable(file).doing("make its name durable").at(file)?;
+        let image = Image::open_with(store.clone(), Writability::Writable, Companions::default());
+        let disk = Disk::Qcow2(Box::new(image.at(file)?));
+        Ok(Overlay { chain: self.clone(), top: Member::new(file.to_path_buf(), None, store, disk) })
+    }
+
+    /// An empty file for a new image, locked.
+    fn place_for(&self, file: &Path, existing: Existing) -> Result<Arc<FileStore>> {
+        match FileStore::create_new(file) {
+            Ok(store) => {
+                store.lock(LockMode::Write)?;
+                Ok(Arc::new(store))
+            }
+            Err(error) => {
+                let exists = matches!(error.problem(), Problem::Exists);
+                if !exists || existing == Existing::Refuse {
+                    return Err(error);
+                }
+                let store = FileStore::open(file, Access::ReadWrite)?;
+                if self.members.iter().any(|member| member.has_file(store.id())) {
+                    return Err(Error::usage(format!("{} is part of the chain", file.display())));
+                }
+                // Not before nobody else is known to use it.
+                store.lock(LockMode::Write)?;
+                store.clear().doing("empty it")?;
+                Ok(Arc::new(store))
+            }
+        }
+    }
+}
+
+impl Overlay {
+    /// Puts the new image on top. `switch` is called with the new chain at the point in time: all that was written before is
+    /// durable below, and nobody reads or writes the disk until it returns. Who waited there then is told
+    /// [`Problem::Retired`] and has to go to the new chain.
+    ///
+    /// # Errors
+    /// Those of a flush; of `switch`. The old chain then goes on.
+    pub fn put_on_top<T>(self, switch: impl FnOnce(Arc<Chain>) -> Result<T>) -> Result<T> {
+        let Self { chain, top } = self;
+        let old = &chain.members[0];
+        let image = chain.active_image().ok_or_else(|| Error::new(Problem::ReadOnly))?;
+        let still = image.hold_still().at(old.path())?;
+        let members = [Arc::new(top)].into_iter().chain(chain.members.iter().cloned()).collect();
+        let new = Arc::new(Chain::of_shared(members));
+        // The disk may have grown since the image was made.
+        if let Some(top) = new.active_image().filter(|top| top.size() != image.size()) {
+            top.grow(&Backing::of(&new), image.size()).at(new.members[0].path())?;
+        }
+        let switched = switch(new)?;
+        still.for_good();
+        old.store().lock_for_reading_only();
+        Ok(switched)
+    }
+}
+
+/// What the image `overlay` shall call its backing file `base`: a name relative to its own directory where `base` is in there or
+/// below, so that both can be moved together, else an absolute one. Relative names count from the overlay, not from where
+/// anybody was started.
+fn backing_name(base: &Path, overlay: &Path) -> Result<Vec<u8>> {
+    let base = fs::canonicalize(base).doing("follow its name").at(base)?;
+    let directory = overlay.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let directory = directory.unwrap_or(Path::new("."));
+    let directory = fs::canonicalize(directory).doing("follow its name").at(directory)?;
+    let name = base.strip_prefix(&directory).unwrap_or(&base).as_os_str().as_bytes().to_vec();
+    // A colon before any slash would make it the name of a protocol.
+    let first = name.split(|&byte| byte == b'/').next().unwrap_or_default();
+    Ok(if first.contains(&b':') { [b"./", &name[..]].concat() } else { name })
+}

@@ -1,0 +1,54 @@
+//! What a verb works on: an image at rest, or the live mount that has it.
+
+use std::path::{Path, PathBuf};
+
+use crate::control::{Client, Command};
+use crate::error::{At, Doing, Error, Problem, Result};
+use crate::mount::{control_socket, our_mount, our_mounts};
+use crate::store::FileId;
+
+/// An image file or a mount.
+pub enum Target {
+    /// A mount that takes commands.
+    Live(Client),
+    /// A file that no mount of ours writes.
+    Image(PathBuf),
+}
+
+impl Target {
+    /// What `path` means: a mountpoint, or an image; if a live mount writes that, the mount.
+    ///
+    /// # Errors
+    /// A mount whose process is gone or takes no commands.
+    pub fn find(path: &Path) -> Result<Self> {
+        let path = std::path::absolute(path).doing("find out the current directory")?;
+        if let Some(mount) = our_mount(&path) {
+            let unreachable =
+                |reason: String| Error::new(Problem::Unreachable { reason }).at(&path);
+            let socket = control_socket(&mount).ok_or_else(|| {
+                unreachable("the process behind it is gone, or has no control socket".to_owned())
+            })?;
+            let client = Client::connect(&socket);
+            return client.map(Self::Live).map_err(|error| unreachable(error.to_string()));
+        }
+        Ok(writer_of(&path).map_or(Self::Image(path), Self::Live))
+    }
+}
+
+/// The live mount that has `image` as its active layer and writes it.
+fn writer_of(image: &Path) -> Option<Client> {
+    let wanted = FileId::of(image)?;
+    our_mounts().iter().filter_map(control_socket).find_map(|socket| {
+        // A mount that does not answer has nothing to say about other people's images.
+        let mut client = Client::connect(&socket).ok()?;
+        let nodes = client.execute(&Command::QueryNodes).ok()?;
+        let top = &nodes[0];
+        let file = FileId::of(Path::new(top["file"].as_str()?))?;
+        (file == wanted && top["ro"] == false).then_some(client)
+    })
+}
+
+/// `path` for a process that has another directory.
+pub fn absolute(path: &Path) -> Result<PathBuf> {
+    std::path::absolute(path).doing("find out the current directory").at(path)
+}

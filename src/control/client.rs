@@ -1,0 +1,88 @@
+//! The side of the socket that our own verbs are on.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use super::message::{Command, kind_of};
+use crate::error::{At, Doing, Error, Problem, Result};
+
+/// A connection to a live mount.
+pub struct Client {
+    path: PathBuf,
+    stream: BufReader<UnixStream>,
+}
+
+impl Client {
+    /// Connects to the socket at `path`.
+    ///
+    /// # Errors
+    /// Nobody listens there, or somebody who does not speak QMP.
+    pub fn connect(path: &Path) -> Result<Self> {
+        let stream = UnixStream::connect(path).doing("reach its control socket").at(path)?;
+        let mut client = Self { path: path.to_path_buf(), stream: BufReader::new(stream) };
+        let greeting = client.receive()?;
+        if greeting.get("QMP").is_none() {
+            return Err(client.nonsense(&greeting));
+        }
+        client.call("qmp_capabilities", &json!({}))?;
+        Ok(client)
+    }
+
+    /// Has the mount do something, and returns what it says.
+    ///
+    /// # Errors
+    /// What the mount could not do, in its words; a connection that breaks.
+    pub fn execute(&mut self, command: &Command) -> Result<Value> {
+        let (name, arguments) = command.write();
+        self.call(name, &arguments)
+    }
+
+    fn call(&mut self, name: &str, arguments: &Value) -> Result<Value> {
+        let request = json!({ "execute": name, "arguments": arguments });
+        let sent = self.stream.get_mut().write_all(format!("{request}\n").as_bytes());
+        sent.doing("talk to the mount's process").at(&self.path)?;
+        loop {
+            let mut answer = self.receive()?;
+            if answer.get("event").is_some() {
+                continue;
+            }
+            if let Some(value) = answer.get_mut("return") {
+                return Ok(value.take());
+            }
+            return Err(match answer.get("error") {
+                Some(error) => remote_error(error),
+                None => self.nonsense(&answer),
+            });
+        }
+    }
+
+    fn receive(&mut self) -> Result<Value> {
+        let mut line = String::new();
+        let read = self.stream.read_line(&mut line);
+        if read.doing("talk to the mount's process").at(&self.path)? == 0 {
+            let ended = std::io::ErrorKind::UnexpectedEof.into();
+            return Err(Error::io("talk to the mount's process", ended).at(&self.path));
+        }
+        serde_json::from_str(&line).map_err(|_| self.nonsense(&Value::String(line.clone())))
+    }
+
+    fn nonsense(&self, said: &Value) -> Error {
+        let message = format!("its process answers what is no QMP: {said}");
+        Error::new(Problem::Helper { program: "the control socket", message }).at(&self.path)
+    }
+}
+
+fn remote_error(error: &Value) -> Error {
+    let text = |value: &Value| value.as_str().map(str::to_owned);
+    let ours = &error["qchainfs"];
+    let headline = text(&ours["headline"]).or_else(|| text(&error["desc"])).unwrap_or_default();
+    Error::new(Problem::Remote {
+        headline,
+        reason: text(&ours["reason"]),
+        advice: text(&ours["advice"]),
+        kind: kind_of(ours["kind"].as_str().unwrap_or_default()),
+    })
+}

@@ -1,0 +1,360 @@
+//! What goes over the wire: requests, answers and errors of QMP (QEMU's "QMP Protocol Specification").
+
+use std::path::PathBuf;
+
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value, json};
+
+use crate::chain::Existing;
+use crate::error::{Error, Kind};
+
+/// The name under which the disk of a mount is known as a device.
+pub const DEVICE: &str = "disk";
+/// The node name of the member with this index.
+pub const NODE_PREFIX: &str = "member";
+
+/// What a client may ask a live mount for. Names and arguments are QEMU's where it has the command.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Command {
+    /// `query-named-block-nodes`: the members of the chain, the active layer first.
+    QueryNodes,
+    /// `query-block`: the disk with its snapshots.
+    QueryBlock,
+    /// `blockdev-snapshot-internal-sync`: makes an internal snapshot.
+    CreateSnapshot {
+        /// Its name.
+        name: String,
+    },
+    /// `blockdev-snapshot-sync`: puts a new image on top of the chain.
+    Overlay(NewOverlay),
+    /// `block_resize`: makes the disk larger.
+    Resize {
+        /// The new size in bytes.
+        size: u64,
+    },
+}
+
+/// The new top image that a chain is to get.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewOverlay {
+    /// The file, absolute.
+    pub file: PathBuf,
+    /// What happens to a file that is there.
+    pub existing: Existing,
+    /// Whether file systems on the disk are frozen meanwhile.
+    pub quiesce: Quiesce,
+}
+
+/// Whether mounted file systems hold still while the disk changes hands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Quiesce {
+    /// No: the point in time is that of a power cut.
+    No,
+    /// Those that sit on loop devices over the mount do.
+    Yes,
+}
+
+/// A request as it came.
+pub(super) struct Request {
+    pub name: String,
+    pub arguments: Map<String, Value>,
+    /// Comes back with the answer.
+    pub id: Option<Value>,
+}
+
+/// Why a request was refused before anybody tried to do it.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Refusal {
+    /// `CommandNotFound`.
+    UnknownCommand(String),
+    /// `GenericError`.
+    Wrong(String),
+}
+
+impl Request {
+    pub fn parse(value: Value) -> Result<Self, (Refusal, Option<Value>)> {
+        let wrong = |what: &str, id| Err((Refusal::Wrong(what.to_owned()), id));
+        let Value::Object(mut object) = value else {
+            return wrong("QMP input must be a JSON object", None);
+        };
+        let id = object.remove("id");
+        let name = match object.remove("execute") {
+            Some(Value::String(name)) => name,
+            Some(_) => return wrong("QMP input member 'execute' must be a string", id),
+            None => return wrong("QMP input lacks member 'execute'", id),
+        };
+        let arguments = match object.remove("arguments") {
+            None => Map::new(),
+            Some(Value::Object(arguments)) => arguments,
+            Some(_) => return wrong("QMP input member 'arguments' must be an object", id),
+        };
+        match object.keys().next() {
+            Some(key) => wrong(&format!("QMP input member '{key}' is unexpected"), id),
+            None => Ok(Self { name, arguments, id }),
+        }
+    }
+}
+
+/// The commands of a [`Command`] by their names on the wire.
+pub(super) const COMMANDS: [&str; 5] = [
+    "query-named-block-nodes",
+    "query-block",
+    "blockdev-snapshot-internal-sync",
+    "blockdev-snapshot-sync",
+    "block_resize",
+];
+
+impl Command {
+    pub(super) fn parse(name: &str, arguments: Map<String, Value>) -> Result<Self, Refusal> {
+        Ok(match name {
+            "query-named-block-nodes" => {
+                // "flat" leaves out what is not said here anyway.
+                let _: FlatArguments = read(arguments)?;
+                Self::QueryNodes
+            }
+            "query-block" => {
+                let NoArguments {} = read(arguments)?;
+                Self::QueryBlock
+            }
+            "blockdev-snapshot-internal-sync" => {
+                let CreateArguments { device, name } = read(arguments)?;
+                check_device(&device)?;
+                Self::CreateSnapshot { name }
+            }
+            "blockdev-snapshot-sync" => Self::Overlay(OverlayArguments::read(arguments)?),
+            "block_resize" => {
+                let ResizeArguments { device, node_name, size } = read(arguments)?;
+                check_active(device.as_deref(), node_name.as_deref())?;
+                Self::Resize { size }
+            }
+            _ => {
+                let text = format!("The command {name} has not been found");
+                return Err(Refusal::UnknownCommand(text));
+            }
+        })
+    }
+
+    /// The name and arguments that [`Command::parse`] makes the same command of.
+    pub(super) fn write(&self) -> (&'static str, Value) {
+        match self {
+            Self::QueryNodes => ("query-named-block-nodes", json!({})),
+            Self::QueryBlock => ("query-block", json!({})),
+            Self::CreateSnapshot { name } => {
+                ("blockdev-snapshot-internal-sync", json!({ "device": DEVICE, "name": name }))
+            }
+            Self::Overlay(NewOverlay { file, existing, quiesce }) => (
+                "blockdev-snapshot-sync",
+                json!({
+                    "device": DEVICE,
+                    "snapshot-file": file,
+                    "x-qchainfs-force": *existing == Existing::Replace,
+                    "x-qchainfs-quiesce": *quiesce == Quiesce::Yes,
+                }),
+            ),
+            Self::Resize { size } => ("block_resize", json!({ "device": DEVICE, "size": size })),
+        }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NoArguments {}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FlatArguments {
+    #[serde(rename = "flat")]
+    _flat: Option<bool>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct CreateArguments {
+    device: String,
+    name: String,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct OverlayArguments {
+    device: Option<String>,
+    node_name: Option<String>,
+    snapshot_file: PathBuf,
+    format: Option<String>,
+    mode: Option<String>,
+    #[serde(default, rename = "x-qchainfs-force")]
+    force: bool,
+    #[serde(default, rename = "x-qchainfs-quiesce")]
+    quiesce: bool,
+}
+
+impl OverlayArguments {
+    fn read(arguments: Map<String, Value>) -> Result<NewOverlay, Refusal> {
+        let Self { device, node_name, snapshot_file: file, format, mode, force, quiesce } =
+            read(arguments)?;
+        check_active(device.as_deref(), node_name.as_deref())?;
+        if format.is_some_and(|format| format != "qcow2") {
+            return Err(Refusal::Wrong("an overlay is a qcow2 image".to_owned()));
+        }
+        if mode.is_some_and(|mode| mode != "absolute-paths") {
+            return Err(Refusal::Wrong("the only mode is absolute-paths".to_owned()));
+        }
+        if !file.is_absolute() {
+            let text = "snapshot-file must be absolute: the mount has a directory of its own";
+            return Err(Refusal::Wrong(text.to_owned()));
+        }
+        Ok(NewOverlay {
+            file,
+            existing: if force { Existing::Replace } else { Existing::Refuse },
+            quiesce: if quiesce { Quiesce::Yes } else { Quiesce::No },
+        })
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct ResizeArguments {
+    device: Option<String>,
+    node_name: Option<String>,
+    size: u64,
+}
+
+fn read<T: DeserializeOwned>(arguments: Map<String, Value>) -> Result<T, Refusal> {
+    serde_json::from_value(Value::Object(arguments))
+        .map_err(|error| Refusal::Wrong(error.to_string()))
+}
+
+fn check_device(device: &str) -> Result<(), Refusal> {
+    match device == DEVICE || device == format!("{NODE_PREFIX}0") {
+        true => Ok(()),
+        false => Err(Refusal::Wrong(format!(
+            "Cannot find device={device}: a mount has the device \"{DEVICE}\""
+        ))),
+    }
+}
+
+fn check_active(device: Option<&str>, node_name: Option<&str>) -> Result<(), Refusal> {
+    match (device, node_name) {
+        (Some(name), None) | (None, Some(name)) => check_device(name),
+        _ => Err(Refusal::Wrong("either device or node-name must be given".to_owned())),
+    }
+}
+
+/// The first thing that a server says.
+pub(super) fn greeting() -> Value {
+    json!({ "QMP": { "version": version(), "capabilities": [] } })
+}
+
+/// The version of QMP's command set that ours follows, and our own.
+pub(super) fn version() -> Value {
+    json!({
+        "qemu": { "major": 10, "minor": 0, "micro": 0 },
+        "package": concat!("qchainfs-", env!("CARGO_PKG_VERSION")),
+    })
+}
+
+pub(super) fn success(value: Value, id: Option<Value>) -> Value {
+    with_id(json!({ "return": value }), id)
+}
+
+pub(super) fn refusal(refusal: &Refusal, id: Option<Value>) -> Value {
+    let (class, text) = match refusal {
+        Refusal::UnknownCommand(text) => ("CommandNotFound", text),
+        Refusal::Wrong(text) => ("GenericError", text),
+    };
+    with_id(json!({ "error": { "class": class, "desc": text } }), id)
+}
+
+/// An error of a command. Beside what QMP has, it says what our own verbs print.
+pub(super) fn failure(error: &Error, id: Option<Value>) -> Value {
+    let headline = error.headline();
+    let description = match error.reason() {
+        Some(reason) => format!("{headline}: {reason}"),
+        None => headline.clone(),
+    };
+    let ours = json!({
+        "headline": headline,
+        "reason": error.reason(),
+        "advice": error.advice(),
+        "kind": kind_name(error.kind()),
+    });
+    with_id(
+        json!({ "error": { "class": "GenericError", "desc": description, "qchainfs": ours } }),
+        id,
+    )
+}
+
+fn with_id(mut answer: Value, id: Option<Value>) -> Value {
+    if let Some(id) = id {
+        answer["id"] = id;
+    }
+    answer
+}
+
+const KINDS: [(Kind, &str); 7] = [
+    (Kind::Failed, "failed"),
+    (Kind::Usage, "usage"),
+    (Kind::NotFound, "not-found"),
+    (Kind::Locked, "locked"),
+    (Kind::Key, "key"),
+    (Kind::Policy, "policy"),
+    (Kind::Unsupported, "unsupported"),
+];
+
+fn kind_name(kind: Kind) -> &'static str {
+    KINDS.iter().find(|(known, _)| *known == kind).map_or("failed", |(_, name)| name)
+}
+
+pub(super) fn kind_of(name: &str) -> Kind {
+    KINDS.iter().find(|(_, known)| *known == name).map_or(Kind::Failed, |(kind, _)| *kind)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(text: &str) -> Result<Command, Refusal> {
+        let request =
+            Request::parse(serde_json::from_str(text).unwrap()).map_err(|(why, _)| why)?;
+        Command::parse(&request.name, request.arguments)
+    }
+
+    #[test]
+    fn a_command_survives_the_wire() {
+        for command in [
+            Command::QueryNodes,
+            Command::QueryBlock,
+            Command::CreateSnapshot { name: "a \"b\"".into() },
+            Command::Overlay(NewOverlay {
+                file: "/a/b.qcow2".into(),
+                existing: Existing::Replace,
+                quiesce: Quiesce::Yes,
+            }),
+            Command::Resize { size: 1 << 40 },
+        ] {
+            let (name, arguments) = command.write();
+            assert!(COMMANDS.contains(&name));
+            let Value::Object(arguments) = arguments else { panic!("no object") };
+            assert_eq!(Command::parse(name, arguments), Ok(command));
+        }
+    }
+
+    #[test]
+    fn what_qemu_calls_wrong_is_wrong() {
+        for text in [
+            r#"{"execute": "blockdev-snapshot-internal-sync", "arguments": {"device": "disk"}}"#,
+            r#"{"execute": "blockdev-snapshot-internal-sync", "arguments": {"device": "x", "name": "a"}}"#,
+            r#"{"execute": "query-block", "arguments": {"unknown": 1}}"#,
+            r#"{"execute": "query-block", "arguments": []}"#,
+            r#"{"execute": "query-block", "extra": 1}"#,
+            r#"{"arguments": {}}"#,
+            r#"[1]"#,
+            r#"{"execute": "blockdev-snapshot-sync", "arguments": {"device": "disk", "snapshot-file": "x"}}"#,
+        ] {
+            assert!(matches!(parsed(text), Err(Refusal::Wrong(_))), "{text}");
+        }
+        let unknown = parsed(r#"{"execute": "quit"}"#);
+        assert!(matches!(unknown, Err(Refusal::UnknownCommand(_))));
+    }
+}

@@ -1,0 +1,260 @@
+//! Answers clients on a unix socket, a thread for each.
+
+use std::fs;
+use std::io::{self, BufReader, ErrorKind, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use nix::unistd::geteuid;
+use rustix::net::sockopt::socket_peercred;
+use serde_json::{Value, json};
+
+use super::message::{
+    COMMANDS, Command, Refusal, Request, failure, greeting, refusal, success, version,
+};
+use crate::error::{Doing, Result};
+
+/// The longest request in bytes.
+const MAX_REQUEST: u64 = 1 << 20;
+/// Clients at once: each costs a thread.
+const MAX_CLIENTS: usize = 64;
+
+/// Who does what the clients ask for.
+pub trait Target: Send + Sync {
+    /// Does it. Any number of threads call this at once.
+    ///
+    /// # Errors
+    /// What went wrong; the client is told.
+    fn execute(&self, command: &Command) -> Result<Value>;
+}
+
+/// A socket that is served until this is dropped.
+pub struct Server {
+    path: PathBuf,
+    shared: Arc<Shared>,
+    accepting: Option<JoinHandle<()>>,
+}
+
+struct Shared {
+    target: Arc<dyn Target>,
+    stopping: AtomicBool,
+    next: AtomicU64,
+    clients: Mutex<Vec<Client>>,
+}
+
+/// A connection, to end it.
+struct Client {
+    number: u64,
+    stream: UnixStream,
+    thread: JoinHandle<()>,
+}
+
+impl Server {
+    /// Serves `target` at `path`, where a socket that somebody left behind is replaced.
+    ///
+    /// # Errors
+    /// No socket can be made there.
+    pub fn start(path: &Path, target: Arc<dyn Target>) -> Result<Self> {
+        let listener = listen(path).doing("make its control socket")?;
+        let shared = Arc::new(Shared {
+            target,
+            stopping: AtomicBool::new(false),
+            next: AtomicU64::new(0),
+            clients: Mutex::default(),
+        });
+        let work = {
+            let shared = shared.clone();
+            move || shared.accept_all(&listener)
+        };
+        let accepting = thread::Builder::new().name("control".into()).spawn(work);
+        let accepting = Some(accepting.doing("start a thread")?);
+        Ok(Self { path: path.to_path_buf(), shared, accepting })
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.shared.stopping.store(true, Ordering::Release);
+        // Wakes whoever waits in accept().
+        let woken = UnixStream::connect(&self.path);
+        if let Err(error) = fs::remove_file(&self.path) {
+            log::debug!("{}: {error}", self.path.display());
+        }
+        // Without that connection the thread would wait for ever, and goes with the process.
+        if woken.is_ok()
+            && let Some(accepting) = self.accepting.take()
+            && accepting.join().is_err()
+        {
+            log::error!("the control thread ran into a bug");
+        }
+        let clients = std::mem::take(&mut *self.shared.clients());
+        for client in &clients {
+            // One that has gone is as good.
+            let _ = client.stream.shutdown(Shutdown::Both);
+        }
+        // What they have begun is done before anything else ends.
+        for client in clients {
+            if client.thread.join().is_err() {
+                log::error!("a control client's thread ran into a bug");
+            }
+        }
+    }
+}
+
+fn listen(path: &Path) -> io::Result<UnixListener> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => {}
+        removed => removed?,
+    }
+    let listener = UnixListener::bind(path)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
+impl Shared {
+    fn accept_all(self: &Arc<Self>, listener: &UnixListener) {
+        for client in listener.incoming() {
+            if self.stopping.load(Ordering::Acquire) {
+                return;
+            }
+            if let Err(error) = client.and_then(|client| self.welcome(client)) {
+                log::warn!("control socket: {error}");
+            }
+        }
+    }
+
+    fn welcome(self: &Arc<Self>, client: UnixStream) -> io::Result<()> {
+        let peer = socket_peercred(&client)?.uid.as_raw();
+        if peer != 0 && peer != geteuid().as_raw() {
+            log::warn!("control socket: user {peer} was turned away");
+            return Ok(());
+        }
+        if self.clients().len() >= MAX_CLIENTS {
+            log::warn!("control socket: more than {MAX_CLIENTS} clients");
+            return Ok(());
+        }
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        let stream = client.try_clone()?;
+        let shared = self.clone();
+        let work = move || {
+            if let Err(error) = shared.talk(&client) {
+                log::debug!("control client {number}: {error}");
+            }
+            shared.clients().retain(|other| other.number != number);
+        };
+        // It can't take itself off the list before it is on it.
+        let mut clients = self.clients();
+        let thread = thread::Builder::new().name("control-client".into()).spawn(work)?;
+        clients.push(Client { number, stream, thread });
+        Ok(())
+    }
+
+    fn clients(&self) -> MutexGuard<'_, Vec<Client>> {
+        self.clients.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Talks with one client until it goes.
+    fn talk(&self, client: &UnixStream) -> io::Result<()> {
+        send(client, &greeting())?;
+        let mut negotiated = false;
+        for request in Requests::new(client) {
+            let value = match request {
+                Ok(value) => value,
+                Err(error) => {
+                    // What comes behind can't be told from what is broken.
+                    let text = format!("JSON parse error, {error}");
+                    return send(client, &refusal(&Refusal::Wrong(text), None));
+                }
+            };
+            send(client, &self.answer(value, &mut negotiated))?;
+        }
+        Ok(())
+    }
+
+    fn answer(&self, request: Value, negotiated: &mut bool) -> Value {
+        let Request { name, arguments, id } = match Request::parse(request) {
+            Ok(request) => request,
+            Err((why, id)) => return refusal(&why, id),
+        };
+        match (name.as_str(), *negotiated) {
+            ("qmp_capabilities", false) => {
+                *negotiated = true;
+                return success(json!({}), id);
+            }
+            ("qmp_capabilities", true) => {
+                let text = "Capabilities negotiation is already complete, command ignored";
+                return refusal(&Refusal::UnknownCommand(text.to_owned()), id);
+            }
+            (_, false) => {
+                let text = "Expecting capabilities negotiation with 'qmp_capabilities'";
+                return refusal(&Refusal::UnknownCommand(text.to_owned()), id);
+            }
+            ("query-version", true) => return success(version(), id),
+            ("query-commands", true) => {
+                let own = ["qmp_capabilities", "query-version", "query-commands"];
+                let names = own.iter().chain(&COMMANDS).map(|name| json!({ "name": name }));
+                return success(names.collect(), id);
+            }
+            (_, true) => {}
+        }
+        match Command::parse(&name, arguments) {
+            Err(why) => refusal(&why, id),
+            Ok(command) => match self.target.execute(&command) {
+                Ok(value) => success(value, id),
+                Err(error) => failure(&error, id),
+            },
+        }
+    }
+}
+
+/// One message in a line of its own.
+fn send(mut client: &UnixStream, message: &Value) -> io::Result<()> {
+    client.write_all(format!("{message}\r\n").as_bytes())
+}
+
+/// The requests of a client. They need not be in lines of their own.
+struct Requests<'a> {
+    stream:
+        serde_json::StreamDeserializer<'a, serde_json::de::IoRead<BufReader<Bounded<'a>>>, Value>,
+    left: Arc<AtomicU64>,
+}
+
+impl<'a> Requests<'a> {
+    fn new(client: &'a UnixStream) -> Self {
+        let left = Arc::new(AtomicU64::new(MAX_REQUEST));
+        let bounded = BufReader::new(Bounded { client, left: left.clone() });
+        Self { stream: serde_json::Deserializer::from_reader(bounded).into_iter(), left }
+    }
+}
+
+impl Iterator for Requests<'_> {
+    type Item = serde_json::Result<Value>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.left.store(MAX_REQUEST, Ordering::Relaxed);
+        self.stream.next()
+    }
+}
+
+/// A connection from which one request can't read more than its share.
+struct Bounded<'a> {
+    client: &'a UnixStream,
+    left: Arc<AtomicU64>,
+}
+
+impl Read for Bounded<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let read = self.client.read(buf)?;
+        let left = self.left.load(Ordering::Relaxed);
+        let Some(left) = left.checked_sub(read as u64) else {
+            return Err(io::Error::new(ErrorKind::InvalidData, "the request is too long"));
+        };
+        self.left.store(left, Ordering::Relaxed);
+        Ok(read)
+    }
+}

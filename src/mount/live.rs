@@ -1,0 +1,126 @@
+//! What clients of the control socket ask of a mount.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use serde_json::{Value, json};
+
+use super::quiesce::Frozen;
+use super::tree::{Changed, Outdated, Tree};
+use crate::chain::{Chain, Member};
+use crate::control::{Command, DEVICE, NODE_PREFIX, NewOverlay, Quiesce, Target};
+use crate::error::Result;
+use crate::image::SnapshotTree;
+
+/// A mount that takes commands.
+pub(super) struct Live {
+    tree: Arc<Tree>,
+    /// Where it is mounted, resolved.
+    mountpoint: PathBuf,
+    /// Makes the kernel forget.
+    forget: Box<dyn Fn(&Outdated) + Send + Sync>,
+}
+
+impl Live {
+    pub fn new(
+        tree: Arc<Tree>,
+        mountpoint: PathBuf,
+        forget: impl Fn(&Outdated) + Send + Sync + 'static,
+    ) -> Self {
+        Self { tree, mountpoint, forget: Box::new(forget) }
+    }
+
+    /// Tells the kernel about a change, and answers what came of it.
+    fn tell<T>(&self, changed: Changed<T>) -> T {
+        changed.outdated.iter().for_each(&self.forget);
+        changed.value
+    }
+
+    fn overlay(&self, new: &NewOverlay) -> Result<Value> {
+        let frozen = match new.quiesce {
+            Quiesce::No => None,
+            Quiesce::Yes => Some(Frozen::all_on(&self.mountpoint)?),
+        };
+        let changed = self.tree.overlay(&new.file, new.existing);
+        // Thawed before anybody is told anything: who waits for a frozen file system may be the kernel.
+        drop(frozen);
+        self.tell(changed?);
+        Ok(json!({}))
+    }
+}
+
+impl Target for Live {
+    fn execute(&self, command: &Command) -> Result<Value> {
+        match command {
+            Command::QueryNodes => Ok(nodes(&self.tree.chain())),
+            Command::QueryBlock => {
+                let inserted = nodes(&self.tree.chain())[0].take();
+                Ok(json!([{
+                    "device": DEVICE,
+                    "type": "unknown",
+                    "locked": false,
+                    "removable": false,
+                    "inserted": inserted,
+                }]))
+            }
+            Command::CreateSnapshot { name } => {
+                self.tell(self.tree.create_snapshot(name)?);
+                Ok(json!({}))
+            }
+            Command::Overlay(new) => self.overlay(new),
+            Command::Resize { size } => {
+                self.tree.grow(*size)?;
+                Ok(json!({}))
+            }
+        }
+    }
+}
+
+/// The members of `chain` as QEMU's `BlockDeviceInfo`.
+fn nodes(chain: &Chain) -> Value {
+    let members = chain.members();
+    let node = |(index, member): (usize, &Arc<Member>)| {
+        let below = members.len() - 1 - index;
+        let mut info = json!({
+            "node-name": format!("{NODE_PREFIX}{index}"),
+            "drv": member.format().to_string(),
+            "file": member.path(),
+            "ro": index > 0 || !chain.is_writable(),
+            "encrypted": member.image().is_some_and(|image| image.is_encrypted()),
+            "backing_file_depth": below,
+            "image": {
+                "filename": member.path(),
+                "format": member.format().to_string(),
+                "virtual-size": member.size(),
+            },
+        });
+        if let Some(below) = members.get(index + 1) {
+            info["backing_file"] = json!(below.path());
+        }
+        let snapshots = member.image().map(|image| image.snapshots()).unwrap_or_default();
+        if !snapshots.is_empty() {
+            let snapshots = snapshots.iter().map(|snapshot| snapshot_info(snapshot));
+            info["image"]["snapshots"] = snapshots.collect();
+        }
+        info
+    };
+    members.iter().enumerate().map(node).collect()
+}
+
+/// A snapshot as QEMU's `SnapshotInfo`.
+fn snapshot_info(snapshot: &SnapshotTree) -> Value {
+    let entry = snapshot.entry();
+    let mut info = json!({
+        "id": entry.id,
+        "name": entry.name,
+        "vm-state-size": entry.vm_state_size,
+        "date-sec": entry.date_seconds,
+        "date-nsec": entry.date_nanoseconds,
+        "vm-clock-sec": entry.vm_clock_nanoseconds / 1_000_000_000,
+        "vm-clock-nsec": entry.vm_clock_nanoseconds % 1_000_000_000,
+    });
+    if let Some(icount) = entry.icount {
+        info["icount"] = json!(icount);
+    }
+    info
+}
