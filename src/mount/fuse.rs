@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::io;
 use std::num::NonZeroUsize;
+use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -46,13 +47,14 @@ pub(super) struct Fuse {
 }
 
 impl Fuse {
-    pub fn new(tree: Arc<Tree>) -> Self {
+    /// `queue` is the connection to the kernel.
+    pub fn new(tree: Arc<Tree>, queue: OwnedFd) -> Self {
         let processors = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
         Self {
             tree,
             listings: RwLock::default(),
             next_listing: AtomicU64::new(0),
-            crew: Crew::new(processors),
+            crew: Crew::new(processors, queue),
         }
     }
 
