@@ -1,14 +1,13 @@
 //! Every view of images of every kind is what QEMU reads there, and `info`, `map` and `check` say the same.
 
-mod build;
+pub mod build;
 mod compare;
-mod keys;
-mod shape;
+pub mod shape;
 
 use std::thread::{self, ScopedJoinHandle};
 
 use build::Workshop;
-use shape::{Missing, Shape, cover};
+use shape::{Counted, Missing, Shape, cover};
 
 use crate::support::random::{Random, seeds};
 
@@ -21,7 +20,8 @@ const VIEWS: usize = 250;
 
 /// The chains that belong to `seed`.
 fn share(seed: u64) -> Vec<Vec<Shape>> {
-    let chains = cover(&mut Random::fixed(seed.div_ceil(SHARES))).into_iter().enumerate();
+    let chains =
+        cover(&mut Random::fixed(seed.div_ceil(SHARES)), Counted::All).into_iter().enumerate();
     let of_seed = chains.filter(|(number, _)| *number as u64 % SHARES == seed % SHARES);
     of_seed.map(|(_, chain)| chain).collect()
 }

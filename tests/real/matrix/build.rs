@@ -4,13 +4,13 @@ use std::fs::{self, File};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use super::keys::{Key, Opening};
 use super::shape::Dimension::{
     Below, Cluster, Compression, Data, Encryption, Erased, L2, Length, Preallocation, Refcount,
     Snapshots, Version,
 };
 use super::shape::Shape;
 use crate::support::images::{Images, format_of, poke};
+use crate::support::keys::{Key, Opening};
 use crate::support::oracle::converted;
 use crate::support::random::Random;
 use crate::support::tools::{args, run};
@@ -71,6 +71,11 @@ impl<'a> Workshop<'a> {
             })
             .collect();
         Self { images, random, patterns }
+    }
+
+    /// The directory of all files.
+    pub fn into_images(self) -> Images {
+        self.images
     }
 
     /// Makes a chain of these shapes; the members are given from the top down.
@@ -170,7 +175,7 @@ impl<'a> Workshop<'a> {
     ) -> Vec<(&'static str, Vec<u8>)> {
         let mut taken = Vec::new();
         let mut take = |name: &'static str| {
-            snapshot(image, name);
+            image.snapshot(name);
             taken.push((name, bytes_of(image)));
         };
         let mut after = size;
@@ -185,12 +190,12 @@ impl<'a> Workshop<'a> {
             "grown" => {
                 take("small");
                 after = size + 512 * (1 + self.random.below(4 * K));
-                resize(image, after);
+                image.resize(after);
             }
             "shrunk" => {
                 take("large");
                 after = 512 * (1 + self.random.below(size / 512));
-                resize(image, after);
+                image.resize(after);
             }
             "VM state" => taken.push(("with VM state", with_vm_state(shape, image, size))),
             other => panic!("snapshots: {other}"),
@@ -237,14 +242,6 @@ fn create(image: &Opening, size: u64, options: &str, below: Option<&Member>) {
     run("qemu-img", &[&words[..], &image.objects(), &backing, &place].concat());
 }
 
-fn resize(image: &Opening, size: u64) {
-    image.img(&args!["resize", "-q", "--shrink"], &args![size.to_string()]);
-}
-
-fn snapshot(image: &Opening, name: &str) {
-    image.img(&args!["snapshot", "-c", name], &[]);
-}
-
 /// What QEMU reads.
 fn bytes_of(image: &Opening) -> Vec<u8> {
     converted(&image.words())
@@ -258,10 +255,10 @@ fn with_vm_state(shape: &Shape, image: &Opening, size: u64) -> Vec<u8> {
     let state = size.next_multiple_of(cluster / entry_len * cluster);
     let state_len = cluster + 512;
     let disk = bytes_of(image);
-    resize(image, state + state_len);
-    io(image, &[format!("write -P 0xee {state} {state_len}")]);
-    snapshot(image, "with VM state");
-    resize(image, size);
+    image.resize(state + state_len);
+    image.io(&[format!("write -P 0xee {state} {state_len}")]);
+    image.snapshot("with VM state");
+    image.resize(size);
 
     let image = image.path();
     let file = fs::read(image).expect("read an image");
@@ -286,14 +283,6 @@ fn compressible(noise: &[u8], random: &mut Random) -> Vec<u8> {
     bytes
 }
 
-fn io(image: &Opening, commands: &[String]) {
-    let mut words = args!["-d", "unmap"].to_vec();
-    words.extend(image.objects());
-    words.extend(commands.iter().flat_map(|command| args!["-c", command]));
-    words.extend(image.image());
-    run("qemu-io", &words);
-}
-
 /// Writes to an image by QEMU.
 struct Painter<'a> {
     image: &'a Opening,
@@ -314,7 +303,7 @@ impl Painter<'_> {
             commands.push(format!("write -c -s {pattern} {at} {len}"));
             at += len + cluster * self.random.below(step);
         }
-        io(self.image, &commands);
+        self.image.io(&commands);
     }
 
     /// Writes runs of bytes, erases some and writes again.
@@ -329,7 +318,7 @@ impl Painter<'_> {
                 _ => format!("write -s {} {offset} {len}", self.pattern(0..8)),
             });
         }
-        io(self.image, &commands);
+        self.image.io(&commands);
     }
 
     fn pattern(&mut self, among: Range<usize>) -> String {

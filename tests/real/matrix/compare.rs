@@ -6,7 +6,6 @@ use qchainfs::chain::{Chain, OpenOptions, View};
 use qchainfs::units::GuestOffset;
 
 use super::build::Member;
-use super::keys::{options, secrets};
 use crate::cli_check;
 use crate::cli_info::{says_what_qemu_says, settle};
 use crate::cli_map::json_is_the_same;
@@ -20,7 +19,7 @@ use crate::support::tools::args;
 pub fn in_process(members: &[Member], random: &mut Random) -> usize {
     let opened = Chain::open(
         members[0].path(),
-        &OpenOptions { secrets: secrets(members), ..OpenOptions::default() },
+        &OpenOptions { secrets: members[0].opening.secrets(), ..OpenOptions::default() },
     );
     let chain = Arc::new(opened.unwrap_or_else(|error| panic!("open: {error}")));
     assert_eq!(chain.members().len(), members.len());
@@ -85,7 +84,10 @@ fn reads_as(what: &str, view: &View, expected: &[u8], borders: &[u64], random: &
 
 /// All views, read through a mount.
 pub fn mounted(members: &[Member]) {
-    let mounted = Mounted::with(&[&args!["-r"][..], &options(members)].concat(), members[0].path());
+    let mounted = Mounted::with(
+        &[&args!["-r"][..], &members[0].opening.our_options()].concat(),
+        members[0].path(),
+    );
     holds(&mounted.disk(), &members[0].bytes);
     for (number, member) in members.iter().enumerate() {
         let directory = mounted.path(&format!("chain/{number}"));
@@ -107,7 +109,7 @@ pub fn described(members: &[Member]) {
         says_what_qemu_says(&args![member.path()]);
         json_is_the_same(
             &member.opening.words(),
-            &[options(members), args![member.path()].to_vec()].concat(),
+            &[member.opening.our_options(), args![member.path()].to_vec()].concat(),
         );
         cli_check::says_the_same(&member.opening.words(), member.path());
     }

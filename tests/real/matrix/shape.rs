@@ -114,7 +114,7 @@ const COMPRESSED: &[&str] = &["zlib", "zlib convert", "zstd", "zstd convert"];
 const SNAPSHOTS: &[&str] = &["one", "two", "grown", "shrunk", "VM state"];
 
 /// A value of a dimension.
-type Value = (Dimension, &'static str);
+pub type Value = (Dimension, &'static str);
 
 /// Values of all dimensions; while it is being drawn, of some.
 #[derive(Clone, Default)]
@@ -245,8 +245,17 @@ impl fmt::Display for Missing {
     }
 }
 
-/// Chains of shapes, each from its lowest qcow2 image up, in which every legal pair of values occurs.
-pub fn cover(random: &mut Random) -> Vec<Vec<Shape>> {
+/// Which images of a chain count when it is asked whether all has occurred.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Counted {
+    All,
+    /// The one on top, which is the only one to be written.
+    Top,
+}
+
+/// Chains of shapes, each from its lowest qcow2 image up, in which every legal pair of values occurs in an image that
+/// counts.
+pub fn cover(random: &mut Random, counted: Counted) -> Vec<Vec<Shape>> {
     let mut missing = Missing::all();
     let mut chains = Vec::new();
     while !missing.is_empty() {
@@ -256,7 +265,9 @@ pub fn cover(random: &mut Random) -> Vec<Vec<Shape>> {
         let mut next = Some(Shape::of(&[a, b]));
         while let Some(fixed) = next {
             let shape = missing.draw(fixed, random);
-            missing.note(&shape);
+            if counted == Counted::All || chain.is_empty() {
+                missing.note(&shape);
+            }
             next = shape.below();
             chain.push(shape);
         }
@@ -264,4 +275,15 @@ pub fn cover(random: &mut Random) -> Vec<Vec<Shape>> {
         chains.push(chain);
     }
     chains
+}
+
+/// A chain from its lowest qcow2 image up, of which each has some given values.
+pub fn chain_with(given: &[&[Value]], random: &mut Random) -> Vec<Shape> {
+    let missing = Missing::all();
+    let draw = |(level, values): (usize, &&[Value])| {
+        let below = if level == 0 { "nothing" } else { "any" };
+        let place = Shape::of(&[(Depth, Depth.values()[level]), (Below, below)]);
+        missing.draw(values.iter().fold(place, |shape, &value| shape.with(value)), random)
+    };
+    given.iter().enumerate().map(draw).collect()
 }

@@ -1,5 +1,6 @@
 //! Images, made by QEMU's own tools in a directory of their own.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
@@ -102,8 +103,14 @@ pub fn snapshot(image: &Path, name: &str) {
 /// Panics unless QEMU finds neither an error nor a leak in `image`.
 #[track_caller]
 pub fn check(image: &Path) {
-    let said = run("qemu-img", &args!["check", image]);
-    assert!(said.contains("No errors were found"), "qemu-img check {}: {said}", image.display());
+    is_clean(&args![image]);
+}
+
+/// As [`check`], of the image that `words` tell QEMU.
+#[track_caller]
+pub fn is_clean(words: &[OsString]) {
+    let said = run("qemu-img", &[&args!["check"], words].concat());
+    assert!(said.contains("No errors were found"), "qemu-img check {words:?}: {said}");
 }
 
 /// Overwrites bytes of the file, as no tool would.

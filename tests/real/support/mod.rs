@@ -3,6 +3,7 @@
 pub mod foreground;
 pub mod held;
 pub mod images;
+pub mod keys;
 pub mod load;
 pub mod loopdev;
 pub mod mapped;

@@ -3,11 +3,12 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use nix::fcntl::{FallocateFlags, fallocate};
 
-use super::images::check;
+use super::images::is_clean;
+use super::keys::Opening;
 use super::mounted::Mounted;
 use super::random::Random;
 use super::{index, oracle};
@@ -17,7 +18,7 @@ pub struct Writer {
     // Closed before the mount ends: fields are dropped in this order.
     file: File,
     mounted: Mounted,
-    image: PathBuf,
+    image: Opening,
     bytes: Vec<u8>,
 }
 
@@ -25,11 +26,17 @@ impl Writer {
     /// Mounts `image` read-write. It must then hold what QEMU read from it before.
     #[track_caller]
     pub fn open(image: &Path) -> Self {
-        let bytes = oracle::bytes_of(image);
-        let mounted = Mounted::new(image);
+        Self::open_with_keys(&Opening::new(image, None, None))
+    }
+
+    /// As [`Writer::open`], with the keys of the image's chain.
+    #[track_caller]
+    pub fn open_with_keys(image: &Opening) -> Self {
+        let bytes = oracle::converted(&image.words());
+        let mounted = Mounted::with(&image.our_options(), image.path());
         let disk = File::options().read(true).write(true).open(mounted.disk());
         let file = disk.expect("open the active layer for writing");
-        Self { file, mounted, image: image.to_path_buf(), bytes }
+        Self { file, mounted, image: image.clone(), bytes }
     }
 
     /// The mount.
@@ -116,8 +123,8 @@ impl Writer {
         self.reads_back();
         drop(self.file);
         self.mounted.umount();
-        check(&self.image);
-        let found = oracle::bytes_of(&self.image);
+        is_clean(&self.image.words());
+        let found = oracle::converted(&self.image.words());
         oracle::same("what QEMU reads from the image", &self.bytes, &found);
     }
 
