@@ -225,3 +225,63 @@ impl Below for Backing<'_> {
         Ok(true)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::chain::OpenOptions;
+    use crate::image::tests::waiting::wait_for_requests;
+    use crate::image::{CreateOptions, NewImage, Writability};
+    use crate::qcow2::{Geometry, Version};
+    use crate::store::memory::MemoryStore;
+
+    const CLUSTER: u64 = 4096;
+    const OLD: u64 = 20 * CLUSTER;
+    /// Ends within a cluster.
+    const NEW: u64 = 10 * CLUSTER + 1024;
+
+    /// A disk full of ones over one full of twos.
+    fn disk(directory: &std::path::Path) -> View {
+        std::fs::write(directory.join("base.raw"), vec![2; OLD as usize]).unwrap();
+        let store = MemoryStore::default();
+        let options = CreateOptions {
+            size: OLD,
+            version: Version::V3,
+            geometry: Geometry::new(12, 4),
+            backing: Some((b"base.raw".to_vec(), "raw".into())),
+        };
+        NewImage::plan(&options).unwrap().write(&store).unwrap();
+        let top = directory.join("top.qcow2");
+        std::fs::write(&top, store.bytes()).unwrap();
+        let options = OpenOptions { writability: Writability::Writable, ..OpenOptions::default() };
+        let view = Arc::new(Chain::open(&top, &options).unwrap()).view(0).unwrap();
+        view.write(GuestOffset::ZERO, &vec![1; OLD as usize]).unwrap();
+        view
+    }
+
+    #[test]
+    fn a_reader_who_waited_for_a_smaller_disk_sees_zeroes_behind_its_end() {
+        // Within the last cluster, in clusters that are gone, across the end and before it.
+        for (offset, len) in
+            [(NEW, 512), (15 * CLUSTER, CLUSTER), (NEW - 700, 3 * CLUSTER), (NEW - 700, 600)]
+        {
+            let directory = tempfile::tempdir().unwrap();
+            let view = disk(directory.path());
+            let image = view.chain().active_image().unwrap();
+            let kept = image.keep_mapping(view.range());
+            let mut found = vec![9; len as usize];
+            std::thread::scope(|scope| {
+                let shrinker = scope.spawn(|| view.shrink(NEW));
+                wait_for_requests(image, 2);
+                let reader = scope.spawn(|| view.read(GuestOffset::new(offset), &mut found));
+                wait_for_requests(image, 3);
+                drop(kept);
+                shrinker.join().unwrap().unwrap();
+                reader.join().unwrap().unwrap();
+            });
+            let mut expected = vec![1; NEW.saturating_sub(offset).min(len) as usize];
+            expected.resize(len as usize, 0);
+            assert!(found == expected, "{len} bytes at {offset} are not what they should be");
+        }
+    }
+}

@@ -16,36 +16,43 @@ impl Image {
     /// A size below the present one, or one that needs an L1 table above 32 MiB; version 2 with snapshots, whose
     /// entries would not know their own size.
     pub fn grow(&self, below: &dyn Below, size: u64) -> Result<()> {
-        let old_size = self.size();
         let size = size.checked_next_multiple_of(512).unwrap_or(u64::MAX);
-        if size < old_size {
-            return Err(Error::usage(format!(
-                "{size} bytes are less than the {old_size} of today"
-            )));
-        }
+        self.check_can_grow(size)?;
         if size.div_ceil(self.geometry.l2_span()) * 8 > MAX_L1_BYTES {
             return Err(Error::usage(format!(
                 "{size} bytes are more than clusters of {} bytes can map",
                 self.geometry.cluster_size()
             )));
         }
+        self.begin_change()?;
+        self.grow_to(below, size).map_err(|error| self.note(error))
+    }
+
+    fn check_can_grow(&self, size: u64) -> Result<()> {
+        let old_size = self.size();
+        if size < old_size {
+            return Err(Error::usage(format!(
+                "{size} bytes are less than the {old_size} of today"
+            )));
+        }
         let header = self.header();
         if header.version == Version::V2 && header.snapshot_count > 0 {
             return Err(Error::unsupported("growing a version 2 image that has snapshots"));
         }
-        self.begin_change()?;
-        self.grow_to(below, size).map_err(|error| self.note(error))
+        Ok(())
     }
 
     fn grow_to(&self, below: &dyn Below, size: u64) -> Result<()> {
         // Nobody reads or writes meanwhile: what the new part holds is settled when the first can.
         let _disk = self.claim_disk();
         self.check_open_for_writing()?;
+        // Again: others may have grown the disk or made a snapshot while this waited.
+        self.check_can_grow(size)?;
         let old_size = self.size();
         self.grow_l1(self.geometry.l1_entries(size) as usize)?;
         // Zeroed before the header says that it is there: a crash in between changes nothing that can be seen.
         self.size.store(size, Ordering::Release);
-        let new = GuestRange::new(GuestOffset::new(old_size), size.saturating_sub(old_size));
+        let new = GuestRange::new(GuestOffset::new(old_size), size - old_size);
         let prepared = self.hide_old_bytes(below, new);
         let prepared = prepared.and_then(|()| self.lengthen_raw_data(new));
         let prepared = prepared.and_then(|()| self.flush());

@@ -28,7 +28,7 @@ mod snapshots;
 mod sync;
 mod table;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod write;
 mod zero;
 

@@ -56,6 +56,12 @@ impl RangeLocks {
         }
         RangeGuard { locks: self, number }
     }
+
+    /// How many hold a range or wait for one.
+    #[cfg(test)]
+    pub fn requests(&self) -> usize {
+        self.requests.lock().unwrap_or_else(PoisonError::into_inner).queue.len()
+    }
 }
 
 impl Requests {

@@ -21,23 +21,30 @@ impl Image {
     /// A size above the present one; version 2 with snapshots, whose entries would not know their own size.
     pub fn shrink(&self, below: &dyn Below, size: u64) -> Result<()> {
         let size = size.checked_next_multiple_of(512).unwrap_or(u64::MAX);
-        if size > self.size() {
+        self.check_can_shrink(size)?;
+        self.begin_change()?;
+        self.shrink_to(below, size).map_err(|error| self.note(error))
+    }
+
+    fn check_can_shrink(&self, size: u64) -> Result<()> {
+        let old_size = self.size();
+        if size > old_size {
             return Err(Error::usage(format!(
-                "{size} bytes are more than the {} of today",
-                self.size()
+                "{size} bytes are more than the {old_size} of today"
             )));
         }
         let header = self.header();
         if header.version == Version::V2 && header.snapshot_count > 0 {
             return Err(Error::unsupported("shrinking a version 2 image that has snapshots"));
         }
-        self.begin_change()?;
-        self.shrink_to(below, size).map_err(|error| self.note(error))
+        Ok(())
     }
 
     fn shrink_to(&self, below: &dyn Below, size: u64) -> Result<()> {
         let _disk = self.claim_disk();
         self.check_open_for_writing()?;
+        // Again: others may have shrunk the disk or made a snapshot while this waited.
+        self.check_can_shrink(size)?;
         // No table that goes may wait to be written.
         self.flush_all()?;
         let old_size = self.size();

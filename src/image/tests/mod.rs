@@ -19,6 +19,7 @@ mod repairing;
 mod resizing;
 mod stale_pages;
 mod upkeep;
+pub(crate) mod waiting;
 
 use std::sync::Arc;
 
