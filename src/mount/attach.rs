@@ -313,25 +313,35 @@ fn escape(value: &OsStr) -> Vec<u8> {
 }
 
 fn detach_from(place: &Path, how: Detach) -> Result<()> {
+    for _ in 0..TRIES_WHILE_BUSY {
+        match try_to_detach(place, how)? {
+            Attempt::Done => return Ok(()),
+            Attempt::Busy => thread::sleep(PAUSE_WHILE_BUSY),
+        }
+    }
+    match try_to_detach(place, how)? {
+        Attempt::Done => Ok(()),
+        Attempt::Busy => Err(Error::new(Problem::Busy { holders: in_use::holders(place) })),
+    }
+}
+
+/// How an attempt to unmount ended that has not failed for good.
+enum Attempt {
+    Done,
+    Busy,
+}
+
+fn try_to_detach(place: &Path, how: Detach) -> Result<Attempt> {
     if geteuid().is_root() {
         let lazily = match how {
             Detach::WhenIdle => MntFlags::empty(),
             Detach::Now => MntFlags::MNT_DETACH,
         };
-        let unmount = || nix::mount::umount2(place, MntFlags::UMOUNT_NOFOLLOW | lazily);
-        let mut done = unmount();
-        for _ in 0..TRIES_WHILE_BUSY {
-            if done != Err(Errno::EBUSY) {
-                break;
-            }
-            thread::sleep(PAUSE_WHILE_BUSY);
-            done = unmount();
-        }
-        match done {
+        match nix::mount::umount2(place, MntFlags::UMOUNT_NOFOLLOW | lazily) {
             Err(Errno::EPERM) => {}
-            Err(Errno::EBUSY) => return Err(busy(place)),
+            Err(Errno::EBUSY) => return Ok(Attempt::Busy),
             Err(Errno::EINVAL) => return Err(Error::new(Problem::NotMounted)),
-            done => return done.doing("unmount the file system"),
+            done => return done.doing("unmount the file system").map(|()| Attempt::Done),
         }
     }
     let lazily = match how {
@@ -339,14 +349,15 @@ fn detach_from(place: &Path, how: Detach) -> Result<()> {
         Detach::Now => "-uz",
     };
     let arguments = [OsStr::new(lazily), OsStr::new("--"), place.as_ref()];
-    run_helper(&arguments, Stdio::null()).map_err(|error| match error.problem() {
-        Problem::Helper { message, .. } if message.contains("busy") => busy(place),
+    let Err(error) = run_helper(&arguments, Stdio::null()) else { return Ok(Attempt::Done) };
+    match error.problem() {
+        Problem::Helper { message, .. } if message.contains("busy") => Ok(Attempt::Busy),
         // It looks only at mounts of the user who asks.
         Problem::Helper { message, .. } if message.contains("not found in") => {
-            Error::io("unmount the file system", Errno::EPERM.into())
+            Err(Error::io("unmount the file system", Errno::EPERM.into()))
         }
-        _ => error,
-    })
+        _ => Err(error),
+    }
 }
 
 /// Runs `fusermount3`, which sends what it opens to its standard input.
@@ -409,10 +420,6 @@ fn no_fuse() -> Error {
         "the kernel offers no FUSE here: sudo modprobe fuse (a container has to be started with \
          --device /dev/fuse --cap-add SYS_ADMIN)",
     )
-}
-
-fn busy(place: &Path) -> Error {
-    Error::new(Problem::Busy { holders: in_use::holders(place) })
 }
 
 #[cfg(test)]

@@ -22,6 +22,8 @@ as_user "$program" mount "$image" "$dir/mnt"
 as_user findmnt -n -o FSTYPE "$dir/mnt"
 as_user cp "$dir/mnt/disk.raw" "$copy"
 printf written | as_user dd of="$dir/mnt/disk.raw" bs=1 seek=5000 conv=notrunc status=none
+as_user sh -c 'cd "$1"; touch "$2"; exec sleep 0.1' sh "$dir/mnt" "$dir/in use" &
+until [ -e "$dir/in use" ]; do sleep 0.01; done
 as_user "$program" umount "$dir/mnt"
 if findmnt -n "$dir/mnt"; then exit 9; fi
 "#;

@@ -9,6 +9,7 @@ pub mod loopdev;
 pub mod mapped;
 pub mod mounted;
 pub mod mounted_file;
+pub mod mute;
 pub mod oracle;
 pub mod random;
 pub mod tools;
