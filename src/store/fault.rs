@@ -2,7 +2,7 @@
 
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::Store;
@@ -13,8 +13,14 @@ use crate::units::HostOffset;
 /// What a disk writes whole or not at all.
 const SECTOR: u64 = 512;
 
-/// Wraps a [`MemoryStore`]: counts the changing operations, fails from a chosen one on, and can show what a power
-/// cut would leave.
+/// What a failed read leaves in the part of its buffer that it has not reached.
+const RUBBISH: u8 = 0xbd;
+
+/// Wraps a [`MemoryStore`]: counts the changing operations, or all of them, lets chosen ones fail, and can show what a
+/// power cut would leave.
+///
+/// What fails is done in part: of a write the first half of its sectors, and a read has filled half of its buffer and
+/// left rubbish in the rest.
 pub struct FaultStore {
     live: MemoryStore,
     /// What was on stable storage at the last sync, and the changes since.
@@ -27,8 +33,10 @@ pub struct FaultStore {
 /// Counts the operations of stores that fail at the same time.
 struct Clock {
     operations: AtomicU64,
+    counts_reads: AtomicBool,
     fail_from: AtomicU64,
     fail_until: AtomicU64,
+    failed: Mutex<Option<Operation>>,
 }
 
 /// Told of each changing operation before it is done and of each read after it, under no lock of the store.
@@ -79,8 +87,10 @@ impl FaultStore {
             durable: Mutex::new(Durable { synced: bytes, pending: Vec::new() }),
             clock: Arc::new(Clock {
                 operations: AtomicU64::new(0),
+                counts_reads: AtomicBool::new(false),
                 fail_from: AtomicU64::new(u64::MAX),
                 fail_until: AtomicU64::new(u64::MAX),
+                failed: Mutex::new(None),
             }),
             observer: None,
         }
@@ -96,12 +106,22 @@ impl FaultStore {
         Self { observer: Some(observer), ..Self::new(bytes) }
     }
 
-    /// How many changing operations were asked for.
+    /// How many operations that count were asked for.
     pub fn operations(&self) -> u64 {
         self.clock.operations.load(Ordering::SeqCst)
     }
 
-    /// Lets the changing operations with these numbers, counted from 0, fail with EIO.
+    /// From now on reads count and fail like the changing operations.
+    pub fn count_reads(&self) {
+        self.clock.counts_reads.store(true, Ordering::SeqCst);
+    }
+
+    /// The last operation that has failed.
+    pub fn failed(&self) -> Option<Operation> {
+        *self.clock.failed.lock().expect("no test panics with the lock held")
+    }
+
+    /// Lets the operations with these numbers, counted from 0, fail with EIO.
     pub fn fail(&self, numbers: Range<u64>) {
         self.clock.fail_from.store(numbers.start, Ordering::SeqCst);
         self.clock.fail_until.store(numbers.end, Ordering::SeqCst);
@@ -132,11 +152,22 @@ impl FaultStore {
     }
 
     fn change(&self, change: Change) -> io::Result<()> {
-        self.begin(Operation::Change)?;
-        let mut durable = self.durable();
-        change.apply(&self.live)?;
-        durable.pending.push(change);
-        Ok(())
+        let begun = self.begin(Operation::Change);
+        let change = if begun.is_ok() { Some(change) } else { change.half() };
+        if let Some(change) = change {
+            let mut durable = self.durable();
+            change.apply(&self.live)?;
+            durable.pending.push(change);
+        }
+        begun
+    }
+
+    /// Counts and lets fail an operation that reads, if these count.
+    fn begin_read(&self) -> io::Result<()> {
+        match self.clock.counts_reads.load(Ordering::SeqCst) {
+            true => self.count(Operation::Read),
+            false => Ok(()),
+        }
     }
 
     fn observe(&self, operation: Operation) {
@@ -147,10 +178,15 @@ impl FaultStore {
 
     fn begin(&self, operation: Operation) -> io::Result<()> {
         self.observe(operation);
+        self.count(operation)
+    }
+
+    fn count(&self, operation: Operation) -> io::Result<()> {
         let number = self.clock.operations.fetch_add(1, Ordering::SeqCst);
         let failing = self.clock.fail_from.load(Ordering::SeqCst)
             ..self.clock.fail_until.load(Ordering::SeqCst);
         if failing.contains(&number) {
+            *self.clock.failed.lock().expect("no test panics with the lock held") = Some(operation);
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }
         Ok(())
@@ -170,6 +206,15 @@ impl Change {
             Self::SetLen(len) => store.set_len(*len),
             Self::Punch { offset, len } => store.punch_hole(HostOffset::new(*offset), *len),
         }
+    }
+
+    /// What is done of it if it fails: half of a write.
+    fn half(&self) -> Option<Self> {
+        let Self::Write { offset, bytes } = self else { return None };
+        let count = sectors(*offset, bytes.len() as u64).count();
+        let done = sectors(*offset, bytes.len() as u64).take(count / 2).last()?;
+        let bytes = bytes[..(done.end - offset) as usize].into();
+        Some(Self::Write { offset: *offset, bytes })
     }
 
     /// The parts that reach a disk or don't, each for itself.
@@ -203,11 +248,17 @@ fn sectors(offset: u64, len: u64) -> impl Iterator<Item = Range<u64>> {
 
 impl Store for FaultStore {
     fn len(&self) -> io::Result<u64> {
+        self.begin_read()?;
         self.live.len()
     }
 
     fn read_at(&self, buf: &mut [u8], offset: HostOffset) -> io::Result<()> {
         self.live.read_at(buf, offset)?;
+        if let Err(error) = self.begin_read() {
+            let half = buf.len() / 2;
+            buf[half..].fill(RUBBISH);
+            return Err(error);
+        }
         self.observe(Operation::Read);
         Ok(())
     }
@@ -237,10 +288,12 @@ impl Store for FaultStore {
     }
 
     fn next_data(&self, from: HostOffset) -> io::Result<Option<Range<u64>>> {
+        self.begin_read()?;
         self.live.next_data(from)
     }
 
     fn allocated(&self) -> io::Result<u64> {
+        self.begin_read()?;
         self.live.allocated()
     }
 }
@@ -271,6 +324,22 @@ mod tests {
             }
         }
         assert_eq!(seen, [[true; 3]; 8], "not every write was dropped, kept and overtaken");
+    }
+
+    #[test]
+    fn what_fails_is_done_in_part_and_reads_fail_only_where_they_count() {
+        let store = FaultStore::new(vec![1; SIZE]);
+        store.fail(0..2);
+        let mut buf = [0; SIZE];
+        store.read_at(&mut buf, HostOffset::ZERO).unwrap();
+        assert!(store.write_at(&[&[2; SIZE]], HostOffset::ZERO).is_err());
+        assert_eq!(store.failed(), Some(Operation::Change));
+        store.count_reads();
+        assert!(store.read_at(&mut buf, HostOffset::ZERO).is_err());
+        assert_eq!((store.operations(), store.failed()), (2, Some(Operation::Read)));
+        assert_eq!(buf, [[2; SIZE / 2], [RUBBISH; SIZE / 2]].concat()[..]);
+        store.read_at(&mut buf, HostOffset::ZERO).unwrap();
+        assert_eq!(buf, [[2; SIZE / 2], [1; SIZE / 2]].concat()[..]);
     }
 
     #[test]
