@@ -43,18 +43,23 @@ impl Metadata {
             L1Entry::Unallocated => None,
         };
         self.l1.reserve(store, l1_index)?;
+        let page_size = self.pages.page_size();
+        let places = (0..self.geometry.cluster_size()).step_by(page_size as usize);
+        // Read before a cluster is taken: a read that fails changes nothing.
+        let mut content = Vec::new();
+        for at in places.clone() {
+            content.push(match old {
+                Some(old) => self.pages.load(store, old + at)?,
+                None => vec![0; page_size as usize].into(),
+            });
+        }
         let (allocator, pages) = self.writer()?;
         let host = match allocator.allocate_table(pages, store)? {
             Allocation::Run(run) => run.start,
             Allocation::TableFull(full) => return Ok(Prepared::TableFull(full)),
         };
-        let page_size = pages.page_size();
-        for at in (0..self.geometry.cluster_size()).step_by(page_size as usize) {
-            let bytes = match old {
-                Some(old) => self.pages.load(store, old + at)?,
-                None => vec![0; page_size as usize].into(),
-            };
-            self.pages.replace(host + at, bytes, Kind::NewL2);
+        for (at, bytes) in places.zip(content) {
+            pages.replace(host + at, bytes, Kind::NewL2);
         }
         if let (Some(old), Some(allocator)) = (old, &mut self.allocator) {
             allocator.drop_table(old);

@@ -3,6 +3,8 @@
 mod checker;
 mod checking;
 mod concurrent;
+mod failing;
+mod failing_writes;
 mod failures;
 mod history;
 mod huge;
