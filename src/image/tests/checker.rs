@@ -142,8 +142,10 @@ impl Checker<'_> {
         let per_block = geometry.refcounts_per_block();
         let mut counts = HashMap::new();
         for (block, &at) in (0..).zip(blocks).filter(|(_, at)| **at != 0) {
-            let mut bytes = self.bytes.get(at as usize..).unwrap_or_default().to_vec();
-            bytes.resize(geometry.cluster_size() as usize, 0);
+            let size = geometry.cluster_size() as usize;
+            let behind = self.bytes.get(at as usize..).unwrap_or_default();
+            let mut bytes = behind[..size.min(behind.len())].to_vec();
+            bytes.resize(size, 0);
             for index in 0..per_block {
                 match refcount::get(&bytes, index as usize, geometry.refcount_order()) {
                     0 => {}
