@@ -163,12 +163,12 @@ impl Allocator {
         !self.unreferenced.is_empty()
     }
 
-    /// Adds one reference per mention in `clusters` (sorted), or none at all.
+    /// Makes sure that one reference per mention in `clusters` (sorted) can be added.
     ///
     /// # Errors
     /// A refcount that can't grow so far (1-bit refcounts can't be shared), or a cluster with no reference at all.
-    pub fn reference_all(
-        &mut self,
+    pub fn check_room_for_references(
+        &self,
         pages: &mut Pages,
         store: &dyn Store,
         clusters: &[HostOffset],
@@ -186,6 +186,19 @@ impl Allocator {
                 )));
             }
         }
+        Ok(())
+    }
+
+    /// Adds one reference per mention in `clusters` (sorted), for which there is room.
+    ///
+    /// # Errors
+    /// A failing read: some have been added then.
+    pub fn add_references(
+        &mut self,
+        pages: &mut Pages,
+        store: &dyn Store,
+        clusters: &[HostOffset],
+    ) -> Result<()> {
         for mentions in clusters.chunk_by(|a, b| a == b) {
             let cluster = self.cluster(mentions[0]);
             let count = self.refcount(pages, store, cluster)?;

@@ -258,9 +258,10 @@ impl Image {
         let mut references = metadata.active_references(store)?;
         references.sort_unstable();
         let (allocator, pages) = metadata.writer()?;
-        allocator.reference_all(pages, store, &references)?;
-        // Counts that are raised beside flags that are not cleared must not reach the disk.
-        let cleared = metadata.clear_copied(store);
+        allocator.check_room_for_references(pages, store, &references)?;
+        // Counts of which some are raised, or all beside flags that are not cleared, must not reach the disk.
+        let added = allocator.add_references(pages, store, &references);
+        let cleared = added.and_then(|()| metadata.clear_copied(store));
         self.closing_on_error(cleared)
     }
 

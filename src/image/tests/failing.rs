@@ -125,8 +125,11 @@ impl Subject {
         for cache in [Cache::Usual, Cache::TwoPages] {
             all.push(Self::of_shape(shape(Version::V2, 9, 4, 50_000), cache));
             all.push(Self::of_shape(shape(Version::V2, 10, 4, 0), cache));
-            all.push(Self::of_shape(shape(Version::V3, 9, 4, 50_000), cache));
+            all.push(Self::of_shape(shape(Version::V3, 9, 4, 150_000), cache));
             all.push(Self::of_shape(shape(Version::V3, 9, 1, 60_000), cache));
+            // Its refcounts fill more pages than the small cache has.
+            let wide = Shape { size: 2 * size, ..shape(Version::V3, 9, 6, 30_000) };
+            all.push(Self::of_shape(wide, cache));
             all.push(Self::of_shape(shape(Version::V3, 12, 6, 30_000), cache));
             let packed = "compat=0.10,cluster_size=4k";
             all.push(Self::compressed(size, packed, Kind { backing_len: 50_000, ..PLAIN }, cache));
@@ -156,8 +159,8 @@ impl Subject {
         image
     }
 
-    /// The same image after some use, with a snapshot in between, or also at the end, where it can have any.
-    pub fn used(&self, seed: u64) -> Self {
+    /// The same image after some use, with up to two snapshots on the way where it can have any.
+    pub fn used(&self, seed: u64, snapshots: usize) -> Self {
         let mut random = Random::new(seed);
         let files = self.files();
         let image = self.open(&files);
@@ -166,14 +169,30 @@ impl Subject {
                 let change = Change::of_sectors(&mut random, image.size());
                 change.apply_to_image(&image, &files.below).unwrap();
             }
-            if self.kind.data == Data::Inside && (half == 0 || seed % 2 == 1) {
-                image.create_snapshot(["between", "last"][half]).unwrap();
+            if half < snapshots && self.kind.data == Data::Inside {
+                image.create_snapshot(["first", "second"][half]).unwrap();
             }
         }
         image.flush_all().unwrap();
         drop(image);
-        let context = format!("{}, used with seed {seed}", self.name);
+        let context = format!("{}, used with seed {seed}, {snapshots} snapshots", self.name);
         Self { name: context.clone(), ..self.after_power_cut(&files, Survivors::Nothing, &context) }
+    }
+
+    /// The same image with all of its disk written.
+    pub fn filled(&self) -> Self {
+        let files = self.files();
+        let image = self.open(&files);
+        let disk: Vec<u8> = (0..image.size()).map(|at| (at / 100) as u8 | 1).collect();
+        image.write(&files.below, GuestOffset::ZERO, &disk).unwrap();
+        image.flush_all().unwrap();
+        drop(image);
+        let name = format!("{}, filled", self.name);
+        Self { name, ..self.after_power_cut(&files, Survivors::Nothing, &self.name) }
+    }
+
+    pub fn version(&self) -> Version {
+        self.open(&self.files()).header().version
     }
 
     /// What is on the disk of an image that nothing has happened to.
@@ -256,6 +275,28 @@ impl Outcomes {
             }
         }
         self.durable.extend(self.now.iter().cloned());
+    }
+
+    /// The disk got another size, or was told not to; what is new reads as zero.
+    pub fn resized(&mut self, size: u64, done: &Result<()>) {
+        let resized = |disk: &Vec<u8>| {
+            let mut disk = disk.clone();
+            disk.resize(size as usize, 0);
+            disk
+        };
+        let new: Vec<_> = self.now.iter().map(resized).collect();
+        match done {
+            Ok(()) => (self.now, self.durable) = (new.clone(), new),
+            Err(_) => {
+                self.now.extend(new.iter().cloned());
+                self.durable.extend(new);
+            }
+        }
+    }
+
+    /// Only disks of `size` bytes are left: that is what it has been found to have.
+    pub fn has_size(&mut self, size: usize) {
+        self.now.retain(|disk| disk.len() == size);
     }
 
     pub fn assert_now(&self, found: &[u8], context: &str) {

@@ -4,6 +4,7 @@ mod checker;
 mod checking;
 mod concurrent;
 mod failing;
+mod failing_upkeep;
 mod failing_writes;
 mod failures;
 mod history;
