@@ -91,7 +91,6 @@ impl Image {
                 self.change_entry(part.start, NewEntry::Unallocated)?;
             }
         }
-        self.mapping_changed();
         Ok(())
     }
 

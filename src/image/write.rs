@@ -290,14 +290,16 @@ impl Image {
             return self.commit(range, clusters);
         }
         let mut host = clusters.start;
-        for part in range.split(cluster_size) {
+        let committed = range.split(cluster_size).try_for_each(|part| {
             let written = Subclusters::touched_by(part, self.geometry);
             metadata.set_entry(&*self.store, part.start, NewEntry::Data { host, written })?;
             host = host + cluster_size;
-        }
+            Ok(())
+        });
         drop(metadata);
+        // Also after an error: some may have changed.
         self.mapping_changed();
-        Ok(())
+        committed
     }
 
     /// Writes guest data from `guest` on to `host`: never to a cluster that holds a table, whatever the L2 entries say.

@@ -180,11 +180,15 @@ impl Image {
         } else {
             range.end()
         };
-        for part in GuestRange::new(range.start, end - range.start).split(cluster_size) {
-            self.change_entry(part.start, new(Subclusters::touched_by(part, self.geometry)))?;
-        }
+        let changed = GuestRange::new(range.start, end - range.start)
+            .split(cluster_size)
+            .try_for_each(|part| {
+                let subclusters = Subclusters::touched_by(part, self.geometry);
+                self.change_entry(part.start, new(subclusters))
+            });
+        // Also after an error: some may have changed.
         self.mapping_changed();
-        Ok(())
+        changed
     }
 
     pub(super) fn change_entry(&self, offset: GuestOffset, new: NewEntry) -> Result<()> {

@@ -186,14 +186,12 @@ impl Store for FileStore {
         while !rest.is_empty() {
             let position =
                 i64::try_from(at).map_err(|_| io::Error::from(ErrorKind::FileTooLarge))?;
-            match pwritev(&self.file, rest, position) {
-                Ok(0) => return Err(ErrorKind::WriteZero.into()),
-                Ok(n) => {
+            match uninterrupted(|| pwritev(&self.file, rest, position))? {
+                0 => return Err(ErrorKind::WriteZero.into()),
+                n => {
                     at += n as u64;
                     IoSlice::advance_slices(&mut rest, n);
                 }
-                Err(nix::Error::EINTR) => {}
-                Err(errno) => return Err(errno.into()),
             }
         }
         Ok(())
@@ -211,7 +209,8 @@ impl Store for FileStore {
         let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         let too_large = |_| io::Error::from(ErrorKind::FileTooLarge);
         let start = i64::try_from(offset.get()).map_err(too_large)?;
-        match fallocate(&self.file, flags, start, i64::try_from(len).map_err(too_large)?) {
+        let len_signed = i64::try_from(len).map_err(too_large)?;
+        match uninterrupted(|| fallocate(&self.file, flags, start, len_signed)) {
             Err(nix::Error::EOPNOTSUPP) => self.write_zeroes(offset, len),
             result => Ok(result?),
         }
@@ -221,12 +220,10 @@ impl Store for FileStore {
         let too_large = |_| io::Error::from(ErrorKind::FileTooLarge);
         let start = i64::try_from(offset.get()).map_err(too_large)?;
         let len = i64::try_from(len).map_err(too_large)?;
-        loop {
-            match fallocate(&self.file, FallocateFlags::FALLOC_FL_KEEP_SIZE, start, len) {
-                Err(nix::Error::EINTR) => {}
-                Err(nix::Error::EOPNOTSUPP) => return Ok(()),
-                result => return Ok(result?),
-            }
+        let flags = FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        match uninterrupted(|| fallocate(&self.file, flags, start, len)) {
+            Err(nix::Error::EOPNOTSUPP) => Ok(()),
+            result => Ok(result?),
         }
     }
 
@@ -274,5 +271,38 @@ impl FileStore {
             done += n;
         }
         Ok(())
+    }
+}
+
+/// Makes a system call until no signal has interrupted it.
+fn uninterrupted<T>(mut call: impl FnMut() -> nix::Result<T>) -> nix::Result<T> {
+    loop {
+        match call() {
+            Err(nix::Error::EINTR) => {}
+            result => return result,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_system_call_that_a_signal_interrupts_is_made_again() {
+        let answers = [Err(nix::Error::EINTR), Err(nix::Error::EINTR), Ok(7), Ok(8)];
+        let mut left = answers.into_iter();
+        assert_eq!(uninterrupted(|| left.next().unwrap()), Ok(7));
+        assert_eq!(left.next(), Some(Ok(8)));
+    }
+
+    #[test]
+    fn other_errors_of_a_system_call_are_told_at_once() {
+        let mut calls = 0;
+        let result: nix::Result<()> = uninterrupted(|| {
+            calls += 1;
+            Err(nix::Error::ENOSPC)
+        });
+        assert_eq!((result, calls), (Err(nix::Error::ENOSPC), 1));
     }
 }

@@ -244,6 +244,39 @@ fn counts_that_are_raised_leave_room_for_a_snapshot_that_can_not_be_found() {
 }
 
 #[test]
+fn a_rebuild_believes_no_old_count_while_a_snapshot_can_not_be_found() {
+    let sound = used_image(SHAPES[0], &mut Random::new(3));
+    let mut bytes = sound.clone();
+    let header = header_of(&bytes);
+    let snapshot = header.snapshots_offset.get();
+    let l1 = word(&bytes, snapshot);
+    put(&mut bytes, snapshot, &0x201_u64.to_be_bytes());
+    // The block is there and agrees with the references that are found: it knows no more of the snapshot than these.
+    let table = header.reftable_offset.get();
+    let block = word(&bytes, table) as usize;
+    let size = header.geometry.cluster_size() as usize;
+    let order = header.geometry.refcount_order();
+    for index in 0..header.geometry.refcounts_per_block() as usize {
+        let count = refcount::get(&bytes[block..block + size], index, order).min(1);
+        refcount::set(&mut bytes[block..block + size], index, order, count);
+    }
+    // Another block is nowhere, so that the table is made anew.
+    put(&mut bytes, table + 16, &0x201_u64.to_be_bytes());
+    let store = Arc::new(MemoryStore::new(bytes));
+    repair(&*store, Extent::All, &mut Found::default()).unwrap();
+    assert_ne!(header_of(&store.bytes()).reftable_offset.get(), table, "nothing was rebuilt");
+    store.write_at(&[&l1.to_be_bytes()], crate::units::HostOffset::new(snapshot)).unwrap();
+    let (_, found) = own_check(&store.bytes());
+    assert!(!found.iter().any(|one| matches!(one, Finding::TooLow { .. })), "{found:?}");
+    for raw in found.iter().filter_map(copied_entry) {
+        assert_eq!(raw >> 63, 0, "a cluster that the snapshot shares may be written: {raw:x}");
+    }
+    let (report, _) = repair(&*store, Extent::All, &mut Found::default()).unwrap();
+    assert!(report.is_clean(), "{report:?}");
+    assert!(views(&store.bytes()) == views(&sound));
+}
+
+#[test]
 fn clusters_cut_off_the_end_of_the_file_are_not_given_to_another_after_a_repair() {
     for lost_counts in [false, true] {
         let store = Arc::new(MemoryStore::new(SHAPES[0].create()));
