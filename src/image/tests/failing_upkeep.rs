@@ -73,7 +73,7 @@ impl Scene {
         self.has_happened(&mut outcomes, &done);
         self.judge(&files, &outcomes, done.is_ok(), &context);
 
-        assert!(!done.is_ok() || self.has_changed(&image), "{context}: it is as before");
+        assert!(done.is_err() || self.has_changed(&image), "{context}: it is as before");
         outcomes.has_size(image.size() as usize);
         outcomes.assert_now(&read_all(&image, &files.below), &context);
         let closed = image.closed.load(Ordering::Acquire);
