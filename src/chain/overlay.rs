@@ -46,14 +46,15 @@ impl Chain {
                 "an overlay of an encrypted image: what is written to it would not be encrypted";
             return Err(Error::unsupported(feature).at(old.path()));
         }
-        let store = self.place_for(file, existing).at(file)?;
         let options = CreateOptions {
             size: image.size(),
             version: Version::V3,
             geometry: Geometry::new(GEOMETRY.0, GEOMETRY.1),
             backing: Some((backing_name(old.path(), file)?, Format::Qcow2.to_string())),
         };
-        NewImage::plan(&options).and_then(|new| new.write(&*store)).at(file)?;
+        let new = NewImage::plan(&options).at(file)?;
+        let store = self.place_for(file, existing).at(file)?;
+        new.write(&*store).at(file)?;
         store.make_name_durable(file).doing("make its name durable").at(file)?;
         let image = Image::open_with(store.clone(), Writability::Writable, Companions::default());
         let disk = Disk::Qcow2(Box::new(image.at(file)?));
