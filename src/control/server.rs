@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{self, BufReader, ErrorKind, Read, Write};
 use std::net::Shutdown;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -37,6 +38,7 @@ pub trait Target: Send + Sync {
 pub struct Server {
     path: PathBuf,
     shared: Arc<Shared>,
+    listener: OwnedFd,
     accepting: Option<JoinHandle<()>>,
 }
 
@@ -61,6 +63,7 @@ impl Server {
     /// No socket can be made there.
     pub fn start(path: &Path, target: Arc<dyn Target>) -> Result<Self> {
         let listener = listen(path).doing("make its control socket")?;
+        let waking = listener.try_clone().doing("make its control socket")?.into();
         let shared = Arc::new(Shared {
             target,
             stopping: AtomicBool::new(false),
@@ -73,19 +76,19 @@ impl Server {
         };
         let accepting = thread::Builder::new().name("control".into()).spawn(work);
         let accepting = Some(accepting.doing("start a thread")?);
-        Ok(Self { path: path.to_path_buf(), shared, accepting })
+        Ok(Self { path: path.to_path_buf(), shared, listener: waking, accepting })
     }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
         self.shared.stopping.store(true, Ordering::Release);
-        // Wakes whoever waits in accept().
-        let woken = UnixStream::connect(&self.path);
         if let Err(error) = fs::remove_file(&self.path) {
             log::debug!("{}: {error}", self.path.display());
         }
-        // Without that connection the thread would wait for ever, and goes with the process.
+        // Wakes the thread that waits in accept(). Not by a connection: the place in the file system may be another's by now.
+        let woken = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
+        // If it could not be woken it goes with the process.
         if woken.is_ok()
             && let Some(accepting) = self.accepting.take()
             && accepting.join().is_err()
@@ -256,5 +259,28 @@ impl Read for Bounded<'_> {
         };
         self.left.store(left, Ordering::Relaxed);
         Ok(read)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Nothing;
+
+    impl Target for Nothing {
+        fn execute(&self, _command: &Command) -> Result<Value> {
+            Ok(json!({}))
+        }
+    }
+
+    #[test]
+    fn a_server_ends_though_its_socket_was_replaced_by_anothers() {
+        let temp = tempfile::tempdir().unwrap();
+        let path = temp.path().join("x.sock");
+        let first = Server::start(&path, Arc::new(Nothing)).unwrap();
+        let second = Server::start(&path, Arc::new(Nothing)).unwrap();
+        drop(first);
+        drop(second);
     }
 }

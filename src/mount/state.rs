@@ -62,12 +62,16 @@ impl State {
         new.set_permissions(Permissions::from_mode(0o600))?;
         new.write_all(format!("{state:#}\n").as_bytes())?;
         fs::rename(&unfinished, &file)?;
+        // The mount that had the number before us is gone, however its process ended.
+        for left_behind in sockets(&file) {
+            fs::remove_file(left_behind)?;
+        }
         Ok(Self { directory, file })
     }
 
     /// Where its control socket belongs: beside the file.
     pub fn socket(&self) -> PathBuf {
-        self.file.with_extension("sock")
+        socket(&self.file, std::process::id())
     }
 }
 
@@ -91,10 +95,10 @@ pub fn server(mount: &MountEntry) -> Option<OwnedFd> {
 
 /// The control socket of `mount`, if the process that serves it is still there.
 pub fn control_socket(mount: &MountEntry) -> Option<PathBuf> {
-    live_state(mount).map(|(file, _)| file.with_extension("sock"))
+    live_state(mount).map(|(socket, _)| socket)
 }
 
-/// The file that says who serves `mount`, and that process.
+/// The control socket of `mount`, and the process that serves it.
 fn live_state(mount: &MountEntry) -> Option<(PathBuf, OwnedFd)> {
     let owner = mount.owner().unwrap_or_else(|| geteuid().as_raw());
     let own = directories(geteuid().as_raw());
@@ -109,7 +113,7 @@ fn live_state(mount: &MountEntry) -> Option<(PathBuf, OwnedFd)> {
         let pid = u32::try_from(state["pid"].as_u64()?).ok()?;
         // Once it is held, its number can't become another's.
         let process = open_process(pid)?;
-        (start_time(pid)? == state["start-time"].as_u64()?).then_some((file, process))
+        (start_time(pid)? == state["start-time"].as_u64()?).then(|| (socket(&file, pid), process))
     })
 }
 
@@ -136,6 +140,27 @@ fn directories(uid: u32) -> Vec<PathBuf> {
 /// `0-41.json` for the device 0:41.
 fn file_name(mount: &MountEntry) -> String {
     format!("{}.json", mount.device.replace(':', "-"))
+}
+
+/// The socket of process `pid` beside the state `file`. A process that is about to end, its mount gone, must not take away that of
+/// another, which has got the same number.
+fn socket(file: &Path, pid: u32) -> PathBuf {
+    let stem = file.file_stem().unwrap_or_default().to_string_lossy();
+    file.with_file_name(format!("{stem}-{pid}.sock"))
+}
+
+/// All sockets beside the state `file` that belong to its mount or to one that had its number before.
+fn sockets(file: &Path) -> Vec<PathBuf> {
+    let stem = file.file_stem().unwrap_or_default().to_string_lossy();
+    let of_ours = |name: &str| {
+        let pid =
+            name.strip_prefix(&format!("{stem}-")).and_then(|rest| rest.strip_suffix(".sock"));
+        pid.is_some_and(|pid| pid.parse::<u32>().is_ok())
+    };
+    let entries = file.parent().and_then(|directory| fs::read_dir(directory).ok());
+    let entries = entries.into_iter().flatten().flatten();
+    let sockets = entries.filter(|entry| entry.file_name().to_str().is_some_and(of_ours));
+    sockets.map(|entry| entry.path()).collect()
 }
 
 fn read(file: &Path) -> Option<Value> {
@@ -190,6 +215,19 @@ mod tests {
         fs::write(&file, "{\"pid\": 1}").unwrap();
         drop(state);
         assert!(file.exists());
+    }
+
+    #[test]
+    fn sockets_of_mounts_that_had_the_number_before_are_taken_away_and_no_others() {
+        let temp = tempfile::tempdir().unwrap();
+        for name in ["0-41-7.sock", "0-4-7.sock", "0-41-x.sock", "0-41.json.sock"] {
+            fs::write(temp.path().join(name), "").unwrap();
+        }
+        let state = State::publish_in(temp.path().into(), &mount("0:41")).unwrap();
+        assert!(!temp.path().join("0-41-7.sock").exists());
+        assert_ne!(state.socket(), temp.path().join("0-41-7.sock"));
+        drop(state);
+        assert_eq!(fs::read_dir(temp.path()).unwrap().count(), 3);
     }
 
     #[test]

@@ -180,7 +180,9 @@ fn end(pid: Pid) {
 
 /// The line of `/proc/self/mounts` that shows what is mounted on `root`.
 pub fn mount_line(root: &Path) -> Option<Vec<String>> {
-    let mounts = fs::read_to_string("/proc/self/mounts").expect("read /proc/self/mounts");
+    // Somebody else may have mounted a file whose name is no UTF-8.
+    let mounts = fs::read("/proc/self/mounts").expect("read /proc/self/mounts");
+    let mounts = String::from_utf8_lossy(&mounts);
     let words = |line: &str| line.split(' ').map(str::to_owned).collect::<Vec<_>>();
     mounts.lines().map(words).find(|words| Path::new(&words[1]) == root)
 }
