@@ -20,7 +20,8 @@ const RUBBISH: u8 = 0xbd;
 /// power cut would leave.
 ///
 /// What fails is done in part: of a write the first half of its sectors, and a read has filled half of its buffer and
-/// left rubbish in the rest.
+/// left rubbish in the rest. A sync that fails has made some of the changes durable, and the others never will be: the
+/// kernel forgets that their pages are dirty.
 pub struct FaultStore {
     live: MemoryStore,
     /// What was on stable storage at the last sync, and the changes since.
@@ -276,11 +277,16 @@ impl Store for FaultStore {
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.begin(Operation::Sync)?;
+        let begun = self.begin(Operation::Sync);
         let mut durable = self.durable();
-        durable.synced = self.live.bytes();
-        durable.pending.clear();
-        Ok(())
+        let mut kept = std::mem::take(&mut durable.pending);
+        if begun.is_err() {
+            kept = some_of(kept, &mut Random::new(self.operations()));
+        }
+        let stable = MemoryStore::new(std::mem::take(&mut durable.synced));
+        kept.iter().try_for_each(|change| change.apply(&stable))?;
+        durable.synced = stable.into_bytes();
+        begun
     }
 
     fn punch_hole(&self, offset: HostOffset, len: u64) -> io::Result<()> {
@@ -343,6 +349,25 @@ mod tests {
         assert_eq!(buf, [[2; SIZE / 2], [RUBBISH; SIZE / 2]].concat()[..]);
         store.read_at(&mut buf, HostOffset::ZERO).unwrap();
         assert_eq!(buf, [[2; SIZE / 2], [1; SIZE / 2]].concat()[..]);
+    }
+
+    #[test]
+    fn what_a_failed_sync_has_lost_no_later_one_brings_back() {
+        let mut kept = [false; 2];
+        for before in 0..20 {
+            let store = FaultStore::new(vec![0; 2 * SIZE]);
+            (0..before).for_each(|_| store.sync().unwrap());
+            store.write_at(&[&[1; SIZE]], HostOffset::ZERO).unwrap();
+            let next = store.operations();
+            store.fail(next..next + 1);
+            assert!(store.sync().is_err());
+            store.write_at(&[&[2; SIZE]], HostOffset::new(SIZE as u64)).unwrap();
+            store.sync().unwrap();
+            let bytes = store.after_power_cut(Survivors::All);
+            assert_eq!(bytes[SIZE..], [2; SIZE]);
+            kept[usize::from(bytes[0])] = true;
+        }
+        assert_eq!(kept, [true; 2], "what was not synced was always kept, or never");
     }
 
     #[test]

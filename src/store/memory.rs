@@ -24,6 +24,11 @@ impl MemoryStore {
         self.bytes.lock().expect("no test panics with the lock held").clone()
     }
 
+    /// The content.
+    pub fn into_bytes(self) -> Vec<u8> {
+        self.bytes.into_inner().expect("no test panics with the lock held")
+    }
+
     fn with<T>(&self, f: impl FnOnce(&mut Vec<u8>) -> T) -> T {
         f(&mut self.bytes.lock().expect("no test panics with the lock held"))
     }

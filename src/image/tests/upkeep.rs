@@ -78,18 +78,18 @@ fn every_change_of_the_mapping_is_announced() {
 #[test]
 fn a_change_of_the_mapping_that_fails_half_way_is_announced() {
     // Two pages of an L2 table, which a write of neighbouring clusters changes both.
-    let kind = Kind { data: Data::File, backing_len: 0, cluster_bits: 12, ..KINDS[6] };
-    let store = Arc::new(FaultStore::new(kind.create(4 << 20)));
+    let kind = Kind { data: Data::File, backing_len: 0, cluster_bits: 13, ..KINDS[6] };
+    let store = Arc::new(FaultStore::new(kind.create(8 << 20)));
     let image = kind.open(store.clone(), Arc::new(MemoryStore::default()), Writability::Writable);
-    image.write(&Nothing, GuestOffset::ZERO, &[1; 4096]).unwrap();
+    image.write(&Nothing, GuestOffset::ZERO, &[1; 8192]).unwrap();
     image.flush_all().unwrap();
     let before = image.generation();
     // There is no space for the second page.
     let next = store.operations();
     store.fail(next..next + 1);
-    let written = image.write(&Nothing, GuestOffset::new(4096), &[2; 3 << 20]);
+    let written = image.write(&Nothing, GuestOffset::new(8192), &vec![2; 6 << 20]);
     assert!(written.is_err());
-    let second = GuestRange::new(GuestOffset::new(4096), 4096);
+    let second = GuestRange::new(GuestOffset::new(8192), 8192);
     let run = image.map(Tree::Active, second).unwrap();
     assert!(matches!(run.content, Content::Data(_)), "nothing has changed");
     assert!(image.generation() > before);
