@@ -5,7 +5,7 @@ use std::path::Path;
 use super::*;
 use crate::error::Error;
 use crate::random::seeds;
-use crate::store::fault::FaultStore;
+use crate::store::fault::{FaultStore, Survivors};
 use checker::check;
 
 const SHAPE: Shape = Shape {
@@ -67,7 +67,7 @@ fn every_operation_may_fail_once_and_at_most_clusters_leak() {
             assert_one_of(&read_all(&image, &*below), &possible, &context);
             let closed = image.flush_all();
             drop(image);
-            let bytes = store.after_power_cut(crate::store::fault::Survivors::All);
+            let bytes = store.after_power_cut(Survivors::All);
             assert_eq!(check(&bytes).corruptions, Vec::<String>::new(), "{context}");
             if closed.is_ok() {
                 let image = Image::open(Arc::new(MemoryStore::new(bytes)), Writability::ReadOnly);
@@ -92,6 +92,63 @@ fn after_a_failed_sync_the_image_takes_no_more_writes_and_still_reads() {
     let mut buf = [0; 5000];
     image.read_active(&*below, GuestOffset::new(1000), &mut buf).unwrap();
     assert_eq!(buf, [9; 5000]);
+}
+
+/// A store with an image that has a snapshot and was written since.
+fn used() -> FaultStore {
+    let store = Arc::new(FaultStore::new(SHAPE.create()));
+    let image = open(store.clone()).unwrap();
+    image.write(&*SHAPE.below(), GuestOffset::new(1000), &[9; 50_000]).unwrap();
+    image.create_snapshot("s").unwrap();
+    image.write(&*SHAPE.below(), GuestOffset::new(2000), &[8; 5000]).unwrap();
+    image.flush_all().unwrap();
+    drop(image);
+    FaultStore::new(store.after_power_cut(Survivors::Nothing))
+}
+
+#[test]
+fn whatever_read_of_an_opening_fails_refuses_it_and_changes_nothing() {
+    let store = Arc::new(used());
+    let bytes = store.after_power_cut(Survivors::All);
+    store.count_reads();
+    for writability in [Writability::ReadOnly, Writability::Writable] {
+        for failing in 0.. {
+            let next = store.operations() + failing;
+            store.fail(next..next + 1);
+            let opened = Image::open(store.clone(), writability);
+            if store.operations() <= next {
+                assert!(opened.is_ok() && failing > 5, "only {failing} reads could fail");
+                break;
+            }
+            assert!(opened.is_err(), "{writability:?}: nobody was told of read {failing}");
+        }
+    }
+    assert!(store.after_power_cut(Survivors::All) == bytes, "something was written");
+}
+
+#[test]
+fn a_read_that_fails_is_an_error_of_its_own_and_of_nothing_later() {
+    let store = Arc::new(used());
+    let below = SHAPE.below();
+    let mut failed = 0;
+    let expected = read_all(&open(store.clone()).unwrap(), &*below);
+    store.count_reads();
+    loop {
+        let image = open(store.clone()).unwrap();
+        let next = store.operations() + failed;
+        store.fail(next..next + 1);
+        let mut disk = vec![0; SHAPE.size as usize];
+        let read = image.read_active(&*below, GuestOffset::ZERO, &mut disk);
+        if store.operations() <= next {
+            assert!(read.is_ok() && failed > 4, "only {failed} reads could fail");
+            return;
+        }
+        assert!(read.is_err(), "nobody was told of read {failed}");
+        assert_same(&read_all(&image, &*below), &expected, "read again");
+        image.write(&*below, GuestOffset::new(2000), &[8; 5000]).unwrap();
+        image.flush_all().unwrap();
+        failed += 1;
+    }
 }
 
 /// A backing file with an impossible table.
