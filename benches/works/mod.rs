@@ -98,7 +98,8 @@ fn place(number: u64) -> GuestOffset {
 }
 
 fn create(image: &Path, size: u64, backing: Option<&Path>) -> Result<()> {
-    let backing = backing.map(|base| (base.as_os_str().as_encoded_bytes().to_vec(), "qcow2".into()));
+    let backing =
+        backing.map(|base| (base.as_os_str().as_encoded_bytes().to_vec(), "qcow2".into()));
     let geometry = Geometry::new(CLUSTER.trailing_zeros(), 4);
     let options = CreateOptions { size, version: Version::V3, geometry, backing };
     Ok(NewImage::plan(&options)?.write(&FileStore::create_new(image)?)?)

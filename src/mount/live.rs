@@ -6,10 +6,11 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 
 use super::quiesce::Frozen;
+use super::stacked::lies_on;
 use super::tree::{Changed, Outdated, Tree};
 use crate::chain::{Chain, Member};
 use crate::control::{Command, DEVICE, NODE_PREFIX, NewOverlay, Quiesce, Target};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::image::SnapshotTree;
 
 /// A mount that takes commands.
@@ -37,6 +38,12 @@ impl Live {
     }
 
     fn overlay(&self, new: &NewOverlay) -> Result<Value> {
+        if lies_on(&new.file, &self.mountpoint) {
+            return Err(Error::usage(format!(
+                "{} lies on a file system that is on this very disk: neither could be written without the other",
+                new.file.display()
+            )));
+        }
         let frozen = match new.quiesce {
             Quiesce::No => None,
             Quiesce::Yes => Some(Frozen::all_on(&self.mountpoint)?),

@@ -15,6 +15,7 @@ mod names;
 mod partitions;
 mod quiesce;
 mod session;
+mod stacked;
 mod state;
 mod tree;
 mod view_files;

@@ -3,8 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::in_use::loop_devices;
-use super::mount_table::mounts;
+use super::stacked::stacked_on;
 use crate::error::{Error, Problem, Result};
 
 /// File systems that take no writes, all that they had written. They go on when this is dropped.
@@ -18,17 +17,11 @@ impl Frozen {
     /// # Errors
     /// One that can't be frozen; the others go on then.
     pub fn all_on(mountpoint: &Path) -> Result<Self> {
-        let devices: Vec<String> =
-            loop_devices(mountpoint).iter().flat_map(|device| numbers(device)).collect();
         let mut frozen = Self { places: Vec::new() };
-        let mut done: Vec<String> = Vec::new();
-        for mount in mounts() {
-            // A file system can be mounted at several places and is frozen once.
-            if devices.contains(&mount.device) && !done.contains(&mount.device) {
-                fsfreeze("--freeze", &mount.mountpoint)?;
-                frozen.places.push(mount.mountpoint);
-                done.push(mount.device);
-            }
+        // What lies on another one first: freezing it writes to that.
+        for mount in stacked_on(mountpoint).into_iter().rev() {
+            fsfreeze("--freeze", &mount.mountpoint)?;
+            frozen.places.push(mount.mountpoint);
         }
         Ok(frozen)
     }
@@ -36,7 +29,7 @@ impl Frozen {
 
 impl Drop for Frozen {
     fn drop(&mut self) {
-        for place in &self.places {
+        for place in self.places.iter().rev() {
             if let Err(error) = fsfreeze("--unfreeze", place) {
                 log::error!("{error}: thaw it by hand");
             }
@@ -52,17 +45,4 @@ fn fsfreeze(action: &str, place: &Path) -> Result<()> {
         true => Ok(()),
         false => Err(helper(String::from_utf8_lossy(&output.stderr).trim().to_owned())),
     }
-}
-
-/// The numbers, "7:3", of a loop device (its path) and of its partitions.
-fn numbers(device: &str) -> Vec<String> {
-    let Some(name) = Path::new(device).file_name() else { return Vec::new() };
-    let block = Path::new("/sys/block").join(name);
-    let partitions = std::fs::read_dir(&block).into_iter().flatten().flatten();
-    [block.clone()]
-        .into_iter()
-        .chain(partitions.map(|entry| entry.path()))
-        .filter_map(|place| std::fs::read_to_string(place.join("dev")).ok())
-        .map(|number| number.trim().to_owned())
-        .collect()
 }

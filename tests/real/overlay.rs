@@ -246,6 +246,24 @@ fn an_image_that_a_mount_writes_is_reached_through_the_mount() {
 }
 
 #[test]
+fn a_new_image_on_a_file_system_on_the_disk_itself_is_refused() {
+    let images = Images::new();
+    let image = images.create("disk.qcow2", 64 * M, "");
+    let mounted = Mounted::new(&image);
+    let device = LoopDevice::attach(&mounted.disk());
+    run("mkfs.ext4", &args!["-q", device.path()]);
+    let inner = FileSystem::mount(device.path(), "rw");
+    let new = inner.path("new.qcow2");
+    let said = qchainfs(&args!["overlay", mounted.root(), &new]).fails(2);
+    assert!(said.contains("on this very disk"), "{said}");
+    assert!(!new.exists());
+    drop(inner);
+    drop(device);
+    mounted.umount();
+    check(&image);
+}
+
+#[test]
 fn a_read_only_mount_and_an_encrypted_image_get_no_overlay() {
     let images = Images::new();
     let image = images.create("disk.qcow2", 4 * M, "");
