@@ -59,8 +59,15 @@ fuzz_target!(|bytes: &[u8]| {
         let _ = image.write(&Nothing, GuestOffset::ZERO, &vec![1; len as usize]);
         let middle = GuestOffset::new(image.size() / 2);
         let _ = image.zero(&Nothing, GuestRange::new(middle, image.size().min(100_000) / 2), ZeroMode::Unmap);
+        let first = image.snapshots().first().map(|tree| tree.entry().id.clone());
+        if let Some(id) = &first {
+            let _ = image.apply_snapshot(id);
+        }
         let _ = image.create_snapshot("fuzzed");
         let _ = image.write(&Nothing, GuestOffset::ZERO, &vec![2; len as usize]);
+        if let Some(id) = &first {
+            let _ = image.delete_snapshot(id);
+        }
         let _ = image.flush_all();
     }
 });

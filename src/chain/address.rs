@@ -63,10 +63,7 @@ impl Address {
             None => Self::of_member(text, None),
             Some((left, right)) => {
                 let right = String::from_utf8_lossy(right).into_owned();
-                let snapshot = match right.strip_prefix('#') {
-                    Some(id) => SnapshotChoice::Id(id.to_owned()),
-                    None => SnapshotChoice::Name(right),
-                };
+                let snapshot = SnapshotChoice::parse(&right);
                 let left = OsStr::from_bytes(left);
                 if exists(Path::new(left)) {
                     let member = MemberChoice::Index(0);
@@ -117,16 +114,42 @@ impl Address {
         let snapshots = member.image().map(|image| image.snapshots()).unwrap_or_default();
         match choice.find(&snapshots) {
             Some(snapshot) => chain.snapshot_view(index, snapshot),
-            None => Err(Error::new(Problem::NoSuchSnapshot {
-                wanted: choice.to_string(),
-                present: snapshots.iter().map(|tree| tree.entry().name.clone()).collect(),
-            })
-            .at(member.path())),
+            None => Err(choice.not_found(&snapshots).at(member.path())),
         }
     }
 }
 
 impl SnapshotChoice {
+    /// The choice that `NAME` or `#ID` means.
+    pub fn parse(text: &str) -> Self {
+        match text.strip_prefix('#') {
+            Some(id) => Self::Id(id.to_owned()),
+            None => Self::Name(text.to_owned()),
+        }
+    }
+
+    /// The one of `snapshots` that is meant, for who is going to change something.
+    ///
+    /// # Errors
+    /// [`Problem::NoSuchSnapshot`]; [`Problem::AmbiguousSnapshot`], where a reader would get the first.
+    pub fn only(&self, snapshots: &[Arc<SnapshotTree>]) -> Result<Arc<SnapshotTree>> {
+        if let Self::Name(name) = self {
+            let alike = snapshots.iter().filter(|tree| tree.entry().name == *name);
+            let ids: Vec<String> = alike.map(|tree| tree.entry().id.clone()).collect();
+            if ids.len() > 1 {
+                return Err(Error::new(Problem::AmbiguousSnapshot { wanted: name.clone(), ids }));
+            }
+        }
+        self.find(snapshots).ok_or_else(|| self.not_found(snapshots))
+    }
+
+    fn not_found(&self, snapshots: &[Arc<SnapshotTree>]) -> Error {
+        Error::new(Problem::NoSuchSnapshot {
+            wanted: self.to_string(),
+            present: snapshots.iter().map(|tree| tree.entry().name.clone()).collect(),
+        })
+    }
+
     /// What chooses `wanted` among `snapshots`: its name where that says which it is, else its id.
     pub fn of(wanted: &SnapshotTree, snapshots: &[Arc<SnapshotTree>]) -> Self {
         let (id, name) = (&wanted.entry().id, &wanted.entry().name);

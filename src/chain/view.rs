@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use super::Chain;
 use super::resolved::{MapId, ResolvedMaps};
 use crate::error::{At, Doing, Error, Problem, Result};
-use crate::image::{Below, Image, RangeGuard, SnapshotTree, Tree, ZeroMode};
+use crate::image::{Below, Image, RangeGuard, SnapshotInUse, SnapshotTree, Tree, ZeroMode};
 use crate::store::MappedRun;
 use crate::units::{GuestOffset, GuestRange};
 
@@ -100,6 +100,7 @@ impl View {
     pub fn read(&self, offset: GuestOffset, buf: &mut [u8]) -> Result<()> {
         let inside = |len: u64| self.size().saturating_sub(offset.get()).min(len);
         let kept = inside(buf.len() as u64);
+        let _in_use = self.keep_snapshot()?;
         let _mapping = self.keep_mapping(GuestRange::new(offset, kept));
         // Again: the disk may have become smaller while this waited.
         let range = GuestRange::new(offset, inside(kept));
@@ -118,6 +119,10 @@ impl View {
     /// The bytes of `range` without copying them, if they are all in one run of a file and the view can't change.
     pub fn mapped(&self, range: GuestRange) -> Option<MappedRun> {
         self.map?;
+        if self.snapshot.is_some() && self.member == 0 && self.chain.is_writable() {
+            // It may be deleted while the map is in use, and its clusters written by others.
+            return None;
+        }
         let extent = self.look_up(range).ok().filter(|extent| extent.range == range)?;
         self.chain.members()[extent.member].mapped_content(extent.content, range.len)
     }
@@ -171,6 +176,12 @@ impl View {
     /// The active layer's mapping must not change under a reader; everything else can't.
     fn keep_mapping(&self, range: GuestRange) -> Option<RangeGuard<'_>> {
         self.writable_image().ok().map(|image| image.keep_mapping(range))
+    }
+
+    /// A snapshot must not be deleted under a reader.
+    fn keep_snapshot(&self) -> Result<Option<SnapshotInUse<'_>>> {
+        let path = self.chain.members()[self.member].path();
+        self.snapshot.as_ref().map(|snapshot| snapshot.keep()).transpose().at(path)
     }
 
     /// Where its resolved map is kept, if it can't change.

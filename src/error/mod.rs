@@ -129,6 +129,18 @@ pub enum Problem {
         /// What there is.
         present: Vec<String>,
     },
+    /// The image has several snapshots of that name.
+    AmbiguousSnapshot {
+        /// What was asked for.
+        wanted: String,
+        /// Their ids.
+        ids: Vec<String>,
+    },
+    /// The snapshot was deleted while somebody still looked at it.
+    SnapshotGone {
+        /// Its name.
+        name: String,
+    },
     /// The chain has no such member.
     NoSuchMember {
         /// What was asked for.
@@ -300,6 +312,7 @@ impl Error {
             Problem::NotFound
             | Problem::BackingMissing { .. }
             | Problem::NoSuchSnapshot { .. }
+            | Problem::SnapshotGone { .. }
             | Problem::NoSuchMember { .. } => Kind::NotFound,
             Problem::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => {
                 Kind::NotFound
@@ -308,7 +321,7 @@ impl Error {
             Problem::KeyMissing | Problem::WrongKey => Kind::Key,
             Problem::Refused { .. } => Kind::Policy,
             Problem::Unsupported { .. } | Problem::ReadableOnly { .. } => Kind::Unsupported,
-            Problem::Usage { .. } => Kind::Usage,
+            Problem::Usage { .. } | Problem::AmbiguousSnapshot { .. } => Kind::Usage,
             Problem::Remote { kind, .. } => *kind,
             _ => Kind::Failed,
         }
@@ -324,7 +337,8 @@ impl Error {
             Problem::ReadOnly => libc::EROFS,
             Problem::SizeIsFixed => libc::EPERM,
             Problem::OutOfRange { .. } => libc::ENOSPC,
-            Problem::Usage { .. } => libc::EINVAL,
+            Problem::SnapshotGone { .. } => libc::ESTALE,
+            Problem::Usage { .. } | Problem::AmbiguousSnapshot { .. } => libc::EINVAL,
             Problem::Unsupported { .. } => libc::EOPNOTSUPP,
             Problem::Locked { .. } | Problem::Busy { .. } => libc::EBUSY,
             Problem::Exists => libc::EEXIST,

@@ -62,6 +62,12 @@ impl Error {
             Problem::NoSuchSnapshot { wanted, .. } => {
                 format!("{file} has no internal snapshot \"{wanted}\"")
             }
+            Problem::AmbiguousSnapshot { wanted, .. } => {
+                format!("{file} has several internal snapshots \"{wanted}\"")
+            }
+            Problem::SnapshotGone { name } => {
+                format!("the internal snapshot \"{name}\" of {file} was deleted meanwhile")
+            }
             Problem::NoSuchMember { wanted, .. } => {
                 format!("the chain of {file} has no member \"{wanted}\"")
             }
@@ -129,6 +135,10 @@ impl Error {
             Problem::NoSuchSnapshot { present, .. } => {
                 Some(format!("it has: {}", present.join(", ")))
             }
+            Problem::AmbiguousSnapshot { ids, .. } => {
+                let ids: Vec<String> = ids.iter().map(|id| format!("#{id}")).collect();
+                Some(format!("an id says which one is meant: {}", ids.join(", ")))
+            }
             Problem::NoSuchMember { count, .. } => Some(format!(
                 "it has {count}, counted from 0, the active layer, to {}, the base",
                 count.saturating_sub(1)
@@ -167,7 +177,9 @@ impl Error {
             Problem::Remote { advice, .. } => advice.clone(),
             Problem::NotMounted => Some("qchainfs ls".into()),
             Problem::Unreachable { .. } => Some(format!("qchainfs umount {file}")),
-            Problem::NoSuchSnapshot { .. } => Some(format!("qchainfs info {file}")),
+            Problem::NoSuchSnapshot { .. } | Problem::AmbiguousSnapshot { .. } => {
+                Some(format!("qchainfs snapshot list {file}"))
+            }
             Problem::NoSuchMember { .. } => Some(format!("qchainfs info --backing-chain {file}")),
             _ => None,
         }

@@ -21,8 +21,28 @@ pub(super) struct Allocator {
     hint: u64,
     /// Length of the file in bytes, as far as we made it.
     file_len: u64,
-    /// Clusters that lost a reference, once per reference. The pointer is gone in memory, not yet on disk.
-    unreferenced: Vec<HostOffset>,
+    lost: Lost,
+}
+
+/// What has lost pointers in memory, though not yet on disk.
+#[derive(Default)]
+pub(super) struct Lost {
+    /// Clusters that lost a reference, once per reference.
+    pub references: Vec<HostOffset>,
+    /// L2 tables that are no longer the active layer's. Until the flush that takes them has written what it took, pages
+    /// of theirs may wait to be written: a snapshot may need them.
+    pub tables: Vec<HostOffset>,
+}
+
+/// A cluster with its place in the refcount structures.
+struct Counted {
+    host: HostOffset,
+    /// How often it was mentioned.
+    mentions: u64,
+    /// The page with its refcount.
+    page: HostOffset,
+    /// The refcount's index in the page.
+    index: usize,
 }
 
 /// Clusters that lie one behind the other.
@@ -73,7 +93,7 @@ pub(super) struct LongerTable {
 
 impl Allocator {
     pub fn new(geometry: Geometry, reftable: Table, layout: Layout, file_len: u64) -> Self {
-        Self { geometry, reftable, layout, hint: 0, file_len, unreferenced: Vec::new() }
+        Self { geometry, reftable, layout, hint: 0, file_len, lost: Lost::default() }
     }
 
     /// Allocates between 1 and `wanted` neighbouring clusters for guest data.
@@ -144,65 +164,116 @@ impl Allocator {
 
     /// Notes that an L2 table is no longer the active layer's.
     pub fn drop_table(&mut self, table: HostOffset) {
-        self.layout.release(table, self.geometry.cluster_size());
+        self.lost.tables.push(table);
         self.unreference_later(table);
     }
 
     /// Notes that a pointer to `cluster` is gone. The refcount follows when the pointer is gone on disk, too.
     pub fn unreference_later(&mut self, cluster: HostOffset) {
-        self.unreferenced.push(cluster);
+        self.lost.references.push(cluster);
     }
 
-    /// What [`Self::unreference_later`] has noted since the last call.
-    pub fn take_unreferenced(&mut self) -> Vec<HostOffset> {
-        std::mem::take(&mut self.unreferenced)
+    /// Notes that pointers to the clusters of `len` bytes at `start` are gone.
+    pub fn unreference_all_later(&mut self, start: HostOffset, len: u64) {
+        for at in (0..len).step_by(self.geometry.cluster_size() as usize) {
+            self.unreference_later(start + at);
+        }
     }
 
-    /// Whether references wait to be given back.
-    pub fn has_unreferenced(&self) -> bool {
-        !self.unreferenced.is_empty()
+    /// What was lost since the last call.
+    pub fn take_lost(&mut self) -> Lost {
+        std::mem::take(&mut self.lost)
     }
 
-    /// Makes sure that one reference per mention in `clusters` (sorted) can be added.
+    /// How many references wait to be given back.
+    pub fn lost_references(&self) -> usize {
+        self.lost.references.len()
+    }
+
+    /// Checks that an L2 table of a snapshot can be at `table`.
+    ///
+    /// # Errors
+    /// A place behind the end of the file, or one of another table.
+    pub fn check_table_place(&self, table: HostOffset) -> Result<()> {
+        self.check_inside(table)?;
+        match self.layout.owner(table) {
+            None | Some(Owner::ActiveL2) => Ok(()),
+            Some(other) => {
+                Err(Error::corrupt(format!("the L2 table at {table} would overlap {other:?}")))
+            }
+        }
+    }
+
+    /// Checks that data of a snapshot can be in the cluster at `host`.
+    ///
+    /// # Errors
+    /// As [`Self::check_table_place`].
+    pub fn check_data_place(&self, host: HostOffset) -> Result<()> {
+        self.check_inside(host)?;
+        self.layout.check_data(host, 1)
+    }
+
+    fn check_inside(&self, host: HostOffset) -> Result<()> {
+        match host.get() < self.file_len {
+            true => Ok(()),
+            false => Err(Error::corrupt(format!("{host} is behind the end of the file"))),
+        }
+    }
+
+    /// Whether each of `clusters` (sorted) can have one more reference per mention.
     ///
     /// # Errors
     /// A refcount that can't grow so far (1-bit refcounts can't be shared), or a cluster with no reference at all.
-    pub fn check_room_for_references(
+    pub fn check_references(
         &self,
         pages: &mut Pages,
         store: &dyn Store,
         clusters: &[HostOffset],
     ) -> Result<()> {
         let max = refcount::max(self.geometry.refcount_order());
-        for mentions in clusters.chunk_by(|a, b| a == b) {
-            let count = self.refcount(pages, store, self.cluster(mentions[0]))?;
+        for (host, mentions, count) in self.counts(pages, store, clusters)? {
             if count == 0 {
-                return Err(Error::corrupt(format!("cluster {} is in use but free", mentions[0])));
+                return Err(Error::corrupt(format!("cluster {host} is in use but free")));
             }
-            if count.checked_add(mentions.len() as u64).is_none_or(|count| count > max) {
-                return Err(Error::unsupported(format!(
-                    "more references to a cluster than {}-bit refcounts can count",
-                    1 << self.geometry.refcount_order()
-                )));
+            if count.checked_add(mentions).is_none_or(|count| count > max) {
+                return Err(self.too_many_references());
             }
         }
         Ok(())
     }
 
-    /// Adds one reference per mention in `clusters` (sorted), for which there is room.
+    /// The error for references that can't be counted.
+    pub fn too_many_references(&self) -> Error {
+        Error::unsupported(format!(
+            "more references to a cluster than {}-bit refcounts can count",
+            1_u32 << self.geometry.refcount_order()
+        ))
+    }
+
+    /// Makes sure that one reference per mention in `clusters` (sorted) can be added.
     ///
     /// # Errors
-    /// A failing read: some have been added then.
-    pub fn add_references(
+    /// As [`Self::check_references`]; failing reads.
+    pub fn reference_all(
         &mut self,
         pages: &mut Pages,
         store: &dyn Store,
         clusters: &[HostOffset],
     ) -> Result<()> {
-        for mentions in clusters.chunk_by(|a, b| a == b) {
-            let cluster = self.cluster(mentions[0]);
-            let count = self.refcount(pages, store, cluster)?;
-            self.set_refcount(pages, store, cluster, count + mentions.len() as u64)?;
+        self.check_references(pages, store, clusters)?;
+        let order = self.geometry.refcount_order();
+        let counted = self.place_all(pages, clusters)?;
+        let in_pages: Vec<&[Counted]> = counted.chunk_by(|a, b| a.page == b.page).collect();
+        // All pages are dirty before the first count changes: from then on none has to be read, and nothing can fail.
+        for in_page in &in_pages {
+            pages.modify(store, in_page[0].page, Kind::RefcountBlock)?;
+        }
+        for in_page in in_pages {
+            let bytes = pages.modify(store, in_page[0].page, Kind::RefcountBlock)?;
+            for one in in_page {
+                let count = refcount::get(bytes, one.index, order);
+                refcount::set(bytes, one.index, order, count + one.mentions);
+            }
         }
         Ok(())
     }
@@ -214,45 +285,70 @@ impl Allocator {
         store: &dyn Store,
         clusters: &[HostOffset],
     ) -> Result<Vec<HostOffset>> {
-        let mut last = Vec::new();
-        for mentions in clusters.chunk_by(|a, b| a == b) {
-            let count = self.refcount(pages, store, self.cluster(mentions[0]))?;
-            if count == mentions.len() as u64 {
-                last.push(mentions[0]);
-            }
-        }
-        Ok(last)
+        let counts = self.counts(pages, store, clusters)?.into_iter();
+        let last = counts.filter(|(_, mentions, count)| mentions == count);
+        Ok(last.map(|(host, ..)| host).collect())
     }
 
-    /// Gives back one reference per mention in `clusters`.
+    /// Gives back one reference per mention in `clusters` (sorted).
     pub fn unreference(
         &mut self,
         pages: &mut Pages,
         store: &dyn Store,
         clusters: &[HostOffset],
     ) -> Result<()> {
-        for &host in clusters {
-            let cluster = self.cluster(host);
-            let count = self.refcount(pages, store, cluster)?;
-            let Some(count) = count.checked_sub(1) else {
-                return Err(Error::corrupt(format!("cluster {host} was in use but free")));
-            };
-            self.set_refcount(pages, store, cluster, count)?;
-            if count == 0 {
-                self.hint = self.hint.min(cluster);
+        let order = self.geometry.refcount_order();
+        for in_page in self.place_all(pages, clusters)?.chunk_by(|a, b| a.page == b.page) {
+            let bytes = pages.modify(store, in_page[0].page, Kind::RefcountBlock)?;
+            for one in in_page {
+                let count = refcount::get(bytes, one.index, order);
+                let Some(left) = count.checked_sub(one.mentions) else {
+                    return Err(Error::corrupt(format!(
+                        "cluster {} was in use but free",
+                        one.host
+                    )));
+                };
+                refcount::set(bytes, one.index, order, left);
+                if left == 0 {
+                    self.hint = self.hint.min(one.host.get() >> self.geometry.cluster_bits());
+                }
             }
         }
         Ok(())
     }
 
-    /// References to the cluster with this index.
-    pub fn refcount(&self, pages: &mut Pages, store: &dyn Store, cluster: u64) -> Result<u64> {
-        match self.place(pages, cluster)? {
-            None => Ok(0),
-            Some((page, index)) => {
-                Ok(refcount::get(&pages.load(store, page)?, index, self.geometry.refcount_order()))
-            }
+    /// Each of `clusters` (sorted) once, with how often it was mentioned and its refcount.
+    pub fn counts(
+        &self,
+        pages: &mut Pages,
+        store: &dyn Store,
+        clusters: &[HostOffset],
+    ) -> Result<Vec<(HostOffset, u64, u64)>> {
+        let order = self.geometry.refcount_order();
+        let counted = self.place_all(pages, clusters)?;
+        let mut counts = Vec::with_capacity(counted.len());
+        for in_page in counted.chunk_by(|a, b| a.page == b.page) {
+            let bytes = pages.load(store, in_page[0].page)?;
+            counts.extend(
+                in_page
+                    .iter()
+                    .map(|one| (one.host, one.mentions, refcount::get(&bytes, one.index, order))),
+            );
         }
+        Ok(counts)
+    }
+
+    /// Where the refcounts of `clusters` (sorted) are.
+    fn place_all(&self, pages: &Pages, clusters: &[HostOffset]) -> Result<Vec<Counted>> {
+        let mut counted = Vec::with_capacity(clusters.len());
+        for mentions in clusters.chunk_by(|a, b| a == b) {
+            let host = mentions[0];
+            let Some((page, index)) = self.place(pages, self.cluster(host))? else {
+                return Err(Error::corrupt(format!("cluster {host} is in use but not counted")));
+            };
+            counted.push(Counted { host, mentions: mentions.len() as u64, page, index });
+        }
+        Ok(counted)
     }
 
     fn set_refcount(
@@ -435,9 +531,7 @@ impl Allocator {
     pub fn use_table(&mut self, new: Table) {
         let old = std::mem::replace(&mut self.reftable, new);
         self.layout.release(old.offset(), old.byte_len());
-        for at in (0..old.byte_len()).step_by(self.geometry.cluster_size() as usize) {
-            self.unreference_later(old.offset() + at);
-        }
+        self.unreference_all_later(old.offset(), old.byte_len());
     }
 
     /// Makes the file at least `len` bytes long: a cluster behind its end must not be pointed to.

@@ -142,9 +142,18 @@ impl ClusterEntry {
 
     /// The entry once somebody else refers to its cluster, too.
     pub fn shared(self) -> Self {
+        self.with_copied(false)
+    }
+
+    /// The entry once nobody else refers to its cluster any more.
+    pub fn unshared(self) -> Self {
+        self.with_copied(true)
+    }
+
+    fn with_copied(self, copied: bool) -> Self {
         match self {
             Self::Plain { host: Some(place), allocated, zero } => {
-                let place = Place { copied: false, ..place };
+                let place = Place { copied, ..place };
                 Self::Plain { host: Some(place), allocated, zero }
             }
             other => other,

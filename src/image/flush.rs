@@ -10,7 +10,7 @@
 //! A step that has nothing to write does not sync.
 
 use super::Image;
-use super::allocate::TableFull;
+use super::allocate::{Lost, TableFull};
 use super::layout::{CheckedWrite, Owner};
 use super::metadata::Metadata;
 use super::pages::{Dirty, Kind};
@@ -18,6 +18,9 @@ use super::sync::atomic::Ordering;
 use crate::error::{Doing, Error, Problem, Result};
 use crate::qcow2::{DataPlace, offsets};
 use crate::units::HostOffset;
+
+/// References given back in one go, so that writers wait for the metadata lock no longer than a moment.
+const GIVEN_BACK_AT_ONCE: usize = 1 << 14;
 
 impl Image {
     /// Returns when all that was written before is on stable storage.
@@ -59,13 +62,12 @@ impl Image {
             || metadata.pages.dirty_count() > 0
             || metadata.l1.is_dirty()
             || metadata.allocator.as_ref().is_some_and(|allocator| {
-                allocator.reftable.is_dirty() || allocator.has_unreferenced()
+                allocator.reftable.is_dirty() || allocator.lost_references() > 0
             })
     }
 
     fn write_out(&self) -> Result<()> {
-        let Captured { new_blocks, early, late, pages, mut unreferenced } =
-            self.metadata().capture()?;
+        let Captured { new_blocks, early, late, pages, lost } = self.metadata().capture()?;
         let data_unsynced = self.unsynced.swap(false, Ordering::AcqRel);
         let store = &*self.store;
         let write = |writes: &[CheckedWrite]| writes.iter().try_for_each(|one| one.perform(store));
@@ -89,12 +91,33 @@ impl Image {
             sync()?;
         }
         self.metadata().pages.written(pages);
-        unreferenced.sort_unstable();
-        self.give_back(&unreferenced)
+        self.give_back(lost)
     }
 
-    /// Step 4: `clusters` (sorted, one mention per lost reference) have no pointer on disk any more.
-    fn give_back(&self, clusters: &[HostOffset]) -> Result<()> {
+    /// Step 4: there are no pointers on disk any more to what was lost.
+    fn give_back(&self, lost: Lost) -> Result<()> {
+        let cluster_size = self.geometry.cluster_size();
+        if !lost.tables.is_empty() {
+            let mut metadata = self.metadata();
+            let (allocator, _) = metadata.writer()?;
+            lost.tables.iter().for_each(|&table| allocator.layout.release(table, cluster_size));
+        }
+        let mut references = lost.references;
+        references.sort_unstable();
+        let mut rest = &references[..];
+        while !rest.is_empty() {
+            // All mentions of a cluster belong together.
+            let end = rest.len().min(GIVEN_BACK_AT_ONCE);
+            let end = end + rest[end..].iter().take_while(|&&one| one == rest[end - 1]).count();
+            let (now, later) = rest.split_at(end);
+            self.give_back_some(now)?;
+            rest = later;
+        }
+        Ok(())
+    }
+
+    /// Gives back one reference per mention in `clusters` (sorted).
+    fn give_back_some(&self, clusters: &[HostOffset]) -> Result<()> {
         let store = &*self.store;
         let last = {
             let mut metadata = self.metadata();
@@ -159,6 +182,17 @@ impl Image {
     ) -> Result<()> {
         let (allocator, _) = metadata.writer()?;
         let write = allocator.layout.check(Owner::Header, field, bytes);
+        self.perform_header_write(write)
+    }
+
+    /// As [`Self::write_header_field`], without the metadata lock over the sync: for fields that only the holder of the
+    /// shape changes (`Image::keep_shape`). What the header has in memory is the caller's business.
+    pub(super) fn switch_header_field(&self, field: HostOffset, bytes: Vec<u8>) -> Result<()> {
+        let write = self.metadata().writer()?.0.layout.check(Owner::Header, field, bytes);
+        self.perform_header_write(write)
+    }
+
+    fn perform_header_write(&self, write: Result<CheckedWrite>) -> Result<()> {
         let written = write.and_then(|write| write.perform(&*self.store));
         let synced = written.and_then(|()| self.store.sync().doing("make its header durable"));
         self.closing_on_error(synced)
@@ -211,14 +245,14 @@ struct Captured {
     early: Vec<CheckedWrite>,
     late: Vec<CheckedWrite>,
     pages: Vec<(HostOffset, Dirty)>,
-    unreferenced: Vec<HostOffset>,
+    lost: Lost,
 }
 
 impl Metadata {
     fn capture(&mut self) -> Result<Captured> {
         let l1 = self.l1.capture();
         let (allocator, pages) = self.writer()?;
-        let unreferenced = allocator.take_unreferenced();
+        let lost = allocator.take_lost();
         let reftable = allocator.reftable.capture();
         let pages = pages.capture();
 
@@ -239,6 +273,6 @@ impl Metadata {
         for (at, bytes) in l1 {
             late.push(layout.check(Owner::ActiveL1, at, bytes)?);
         }
-        Ok(Captured { new_blocks, early, late, pages, unreferenced })
+        Ok(Captured { new_blocks, early, late, pages, lost })
     }
 }

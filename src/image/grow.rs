@@ -24,6 +24,7 @@ impl Image {
                 self.geometry.cluster_size()
             )));
         }
+        let _shape = self.keep_shape();
         self.begin_change()?;
         self.grow_to(below, size).map_err(|error| self.note(error))
     }
@@ -147,9 +148,7 @@ impl Image {
         let old = std::mem::replace(&mut metadata.l1, Table::new(place.start, entries));
         let (allocator, _) = metadata.writer()?;
         allocator.layout.release(old.offset(), old.byte_len());
-        for at in (0..old.byte_len()).step_by(self.geometry.cluster_size() as usize) {
-            allocator.unreference_later(old.offset() + at);
-        }
+        allocator.unreference_all_later(old.offset(), old.byte_len());
         Ok(())
     }
 }

@@ -66,6 +66,11 @@ impl Layout {
         }
     }
 
+    /// Whose the cluster at `start` is, if it holds metadata.
+    pub fn owner(&self, start: HostOffset) -> Option<Owner> {
+        self.owners.get(&(start.get() >> self.geometry.cluster_bits())).copied()
+    }
+
     /// Admits a write of metadata.
     ///
     /// # Errors

@@ -6,7 +6,7 @@ use super::metadata::Metadata;
 use super::pages::read_page;
 use super::snapshots::{SnapshotL1, SnapshotTree};
 use crate::error::{Error, Result};
-use crate::qcow2::{CompressedCluster, L1Entry, be_u64};
+use crate::qcow2::{CompressedCluster, DataPlace, L1Entry, be_u64};
 use crate::units::{GuestRange, HostOffset};
 
 /// A run of a disk with one kind of content.
@@ -68,6 +68,10 @@ impl Image {
     /// # Errors
     /// Failing reads of tables; impossible entries, which also mark the image corrupt if it is open for writing.
     pub fn map(&self, tree: Tree<'_>, range: GuestRange) -> Result<Run> {
+        let _in_use = match tree {
+            Tree::Active => None,
+            Tree::Snapshot(snapshot) => Some(snapshot.keep()?),
+        };
         loop {
             let mut metadata = self.metadata();
             let lookup = match tree {
@@ -101,12 +105,25 @@ pub(super) enum Lookup {
     Missing(HostOffset),
 }
 
+/// Whose an L2 table is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum TableOwner {
+    /// The active layer's alone.
+    Active,
+    /// A snapshot's, too, or only.
+    Shared,
+}
+
 impl Metadata {
     /// The first run of `range` at the present.
     pub(super) fn lookup_active(&mut self, range: GuestRange) -> Result<Lookup> {
         let first = self.geometry.l1_index(range.start);
-        if let L1Entry::Table { host, .. } = L1Entry::decode(self.l1.get(first), self.geometry)? {
-            return self.lookup_l2(host, range);
+        if let L1Entry::Table { host, copied } = L1Entry::decode(self.l1.get(first), self.geometry)?
+        {
+            // Whoever shares a table shares its clusters, whatever their flags say. A data file has no sharers.
+            let is_own = copied && !self.is_frozen(first) || self.rules.data == DataPlace::External;
+            let owner = if is_own { TableOwner::Active } else { TableOwner::Shared };
+            return self.lookup_l2(host, owner, range);
         }
         // A table may be shorter than the disk: behind its end nothing is allocated.
         let rest = self.l1.entries().get(first..).unwrap_or_default();
@@ -127,7 +144,7 @@ impl Metadata {
         let Some(page) = self.pages.get(page_at) else { return Ok(Lookup::Missing(page_at)) };
         let entries = &page[in_page as usize..];
         if let L1Entry::Table { host, .. } = L1Entry::decode(be_u64(entries, 0), self.geometry)? {
-            return self.lookup_l2(host, range);
+            return self.lookup_l2(host, TableOwner::Shared, range);
         }
         // What is behind this page, or behind the table in it, is another run.
         let here = (entries.len() / 8).min(l1.entries - first);
@@ -145,7 +162,12 @@ impl Metadata {
     }
 
     /// The first run of `range` in the L2 table at `table`.
-    fn lookup_l2(&mut self, table: HostOffset, range: GuestRange) -> Result<Lookup> {
+    fn lookup_l2(
+        &mut self,
+        table: HostOffset,
+        owner: TableOwner,
+        range: GuestRange,
+    ) -> Result<Lookup> {
         let geometry = self.geometry;
         let unit = geometry.subcluster_size();
         let units_per_cluster = geometry.cluster_size() / unit;
@@ -172,6 +194,7 @@ impl Metadata {
                 let decoded =
                     ClusterEntry::decode(&bytes[in_page as usize..], geometry, self.rules);
                 entry = match (decoded, &run) {
+                    (Ok(entry), _) if owner == TableOwner::Shared => Some(entry.shared()),
                     (Ok(entry), _) => Some(entry),
                     (Err(error), None) => return Err(error),
                     (Err(_), Some(_)) => None,

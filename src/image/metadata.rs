@@ -3,6 +3,7 @@
 use super::allocate::{Allocation, Allocator, TableFull};
 use super::entry::{ClusterEntry, NewEntry};
 use super::pages::{Kind, Pages};
+use super::snapshots::Freeze;
 use super::table::Table;
 use crate::error::{Error, Problem, Result};
 use crate::qcow2::{DataPlace, EntryRules, Geometry, Header, L1Entry};
@@ -20,6 +21,8 @@ pub(super) struct Metadata {
     pub pages: Pages,
     /// Only in an image that is open for writing.
     pub allocator: Option<Allocator>,
+    /// The tree of a snapshot that is being made.
+    pub freeze: Option<Freeze>,
 }
 
 impl Metadata {
@@ -37,6 +40,7 @@ impl Metadata {
     /// references to them remain.
     pub fn prepare_l2(&mut self, store: &dyn Store, offset: GuestOffset) -> Result<Prepared> {
         let l1_index = self.geometry.l1_index(offset);
+        self.count_frozen(store, l1_index);
         let old = match L1Entry::decode(self.l1.get(l1_index), self.geometry)? {
             L1Entry::Table { copied: true, .. } => return Ok(Prepared::Ready),
             L1Entry::Table { host, copied: false } => Some(host),
@@ -49,7 +53,11 @@ impl Metadata {
         let mut content = Vec::new();
         for at in places.clone() {
             content.push(match old {
-                Some(old) => self.pages.load(store, old + at)?,
+                Some(old) => {
+                    let page = self.pages.load(store, old + at)?;
+                    // Whoever shares a table shares its clusters, whatever their flags say.
+                    self.shared_page(&page)?.unwrap_or(page)
+                }
                 None => vec![0; page_size as usize].into(),
             });
         }

@@ -1,6 +1,6 @@
 //! One qcow2 file as a disk with snapshots.
 //!
-//! The order in which locks are taken: range locks (`ranges`), then the flush lock, then the metadata lock. The
+//! The order in which locks are taken: the shape, range locks (`ranges`), then the flush lock, then the metadata lock. The
 //! metadata lock is held over reads of metadata by writers, and never over guest data. Nothing here knows the chain:
 //! what lies under the active layer is handed in as [`Below`].
 
@@ -39,7 +39,7 @@ pub use map::{Content, Place, Run, Tree};
 pub use open::{Companions, read_header};
 pub use ranges::RangeGuard;
 pub use retire::Retirement;
-pub use snapshots::SnapshotTree;
+pub use snapshots::{SnapshotInUse, SnapshotTree};
 pub use zero::ZeroMode;
 
 use std::sync::{Arc, PoisonError};
@@ -74,6 +74,8 @@ pub struct Image {
     flushing: Mutex<()>,
     metadata: Mutex<Metadata>,
     snapshots: RwLock<Vec<Arc<SnapshotTree>>>,
+    /// Held by who changes the size of the disk or which snapshots there are: one of them at a time.
+    shape: RangeLocks,
     /// Guest data was written since the last sync.
     unsynced: AtomicBool,
     /// A write of metadata failed, or corruption was found: no more writes.
@@ -154,6 +156,11 @@ impl Image {
     /// Keeps everybody else off `range` until the guard is dropped.
     fn claim_range(&self, range: GuestRange) -> RangeGuard<'_> {
         self.ranges.lock(range.widen(self.geometry.cluster_size()), Mode::Exclusive)
+    }
+
+    /// Keeps the size of the disk and its snapshots as they are, but for the holder, until the guard is dropped.
+    fn keep_shape(&self) -> RangeGuard<'_> {
+        self.shape.lock(GuestRange::new(GuestOffset::ZERO, u64::MAX), Mode::Exclusive)
     }
 
     /// Keeps everybody off the whole disk until the guard is dropped.

@@ -57,9 +57,6 @@ impl Image {
         let encryption = match (header.crypt_method, companions.cipher) {
             (CRYPT_NONE, _) => Encryption::None,
             (_, Some(cipher)) => Encryption::Unlocked(cipher),
-            (_, None) if writability == Writability::Writable => {
-                return Err(Error::new(Problem::KeyMissing));
-            }
             (_, None) => Encryption::Locked,
         };
         let geometry = header.geometry;
@@ -89,7 +86,9 @@ impl Image {
                 l1,
                 pages: Pages::new(geometry.cluster_size(), cache_bytes),
                 allocator,
+                freeze: None,
             }),
+            shape: RangeLocks::default(),
             snapshots: RwLock::new(snapshots.trees),
             unsynced: AtomicBool::new(false),
             closed: AtomicBool::new(false),
@@ -134,7 +133,7 @@ pub struct Companions {
     /// at, but not read.
     pub data_file: Option<Arc<dyn Store>>,
     /// The cipher with its key, if [`Header::crypt_method`] says that data is encrypted. Without it the image can be
-    /// looked at, but not read.
+    /// looked at and its snapshots be made and deleted, but its data neither be read nor written.
     pub cipher: Option<GuestCipher>,
 }
 

@@ -127,6 +127,12 @@ impl Pages {
         self.dirty.insert(at, Dirty { bytes, kind, change });
     }
 
+    /// Makes the page that begins at `at` hold `bytes`, a change of what it holds; `kind` counts if it was clean.
+    pub fn change(&mut self, at: HostOffset, bytes: Arc<[u8]>, kind: Kind) {
+        let kind = self.dirty.get(&at).map_or(kind, |dirty| dirty.kind);
+        self.replace(at, bytes, kind);
+    }
+
     /// Whether the table that begins at `at` is one that the file does not have yet.
     pub fn is_new(&self, at: HostOffset) -> bool {
         let kind = self.dirty.get(&at).map(|dirty| dirty.kind);

@@ -9,7 +9,9 @@ use crate::error::Result;
 #[must_use]
 pub struct Retirement<'a> {
     image: &'a Image,
+    // Dropped in this order.
     _disk: RangeGuard<'a>,
+    _shape: RangeGuard<'a>,
 }
 
 impl Image {
@@ -21,10 +23,12 @@ impl Image {
     pub fn hold_still(&self) -> Result<Retirement<'_>> {
         // What can be written before anybody has to wait is.
         self.flush_all()?;
+        // A snapshot that is being made, applied or deleted comes to its end first.
+        let shape = self.keep_shape();
         let disk = self.claim_disk();
         self.check_open_for_writing()?;
         self.flush_all()?;
-        Ok(Retirement { image: self, _disk: disk })
+        Ok(Retirement { image: self, _disk: disk, _shape: shape })
     }
 }
 

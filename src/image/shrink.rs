@@ -22,6 +22,7 @@ impl Image {
     pub fn shrink(&self, below: &dyn Below, size: u64) -> Result<()> {
         let size = size.checked_next_multiple_of(512).unwrap_or(u64::MAX);
         self.check_can_shrink(size)?;
+        let _shape = self.keep_shape();
         self.begin_change()?;
         self.shrink_to(below, size).map_err(|error| self.note(error))
     }

@@ -4,7 +4,7 @@
 //! counted. Write: the data goes there, with what the cluster held around it; no lock but the range is held. Commit:
 //! the L2 entries point there. A failure before the commit takes the clusters back and changes nothing.
 
-use super::allocate::{Allocation, Before, Clusters};
+use super::allocate::{Allocation, Allocator, Before, Clusters};
 use super::cipher::Encryption;
 use super::entry::{NewEntry, Subclusters};
 use super::map::{Content, Tree};
@@ -17,6 +17,9 @@ use crate::units::{GuestOffset, GuestRange, HostOffset};
 
 /// Dirty metadata pages after which a writer flushes, so that a crash loses little and memory is bounded (8 MiB).
 const MAX_DIRTY_PAGES: usize = 2048;
+
+/// References that wait to be given back after which a writer flushes (4 MiB).
+const MAX_LOST_REFERENCES: usize = 1 << 19;
 
 impl Image {
     /// Writes `data` at `offset` of the active disk.
@@ -320,7 +323,20 @@ impl Image {
 
     /// Flushes if much metadata waits to be written. Called with no lock held.
     pub(super) fn bound_dirty_metadata(&self) -> Result<()> {
-        let waiting = self.metadata().pages.dirty_count();
-        if waiting > MAX_DIRTY_PAGES { self.flush() } else { Ok(()) }
+        self.flush_beyond(MAX_DIRTY_PAGES)
+    }
+
+    /// The same for who makes much metadata dirty beside writers: long before they would have to wait for a flush.
+    pub(super) fn bound_metadata_beside_writers(&self) -> Result<()> {
+        self.flush_beyond(MAX_DIRTY_PAGES / 8)
+    }
+
+    fn flush_beyond(&self, most: usize) -> Result<()> {
+        let (dirty, lost) = {
+            let metadata = self.metadata();
+            let lost = metadata.allocator.as_ref().map_or(0, Allocator::lost_references);
+            (metadata.pages.dirty_count(), lost)
+        };
+        if dirty > most || lost > MAX_LOST_REFERENCES { self.flush() } else { Ok(()) }
     }
 }

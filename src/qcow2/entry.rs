@@ -41,6 +41,11 @@ impl L1Entry {
         Ok(Self::Table { host, copied: raw & COPIED != 0 })
     }
 
+    /// Where the L2 table is that the entry `raw` names, 0 if there is none. Nothing is checked.
+    pub fn table_offset(raw: u64) -> u64 {
+        raw & OFFSET_MASK
+    }
+
     /// The entry as the table holds it.
     pub fn encode(self) -> u64 {
         match self {

@@ -199,6 +199,19 @@ fn snapshots_of_subclusters_and_of_encrypted_images_keep_what_they_saw() {
             for (tree, moment) in image.snapshots().iter().zip(&moments) {
                 assert_same(&read_snapshot(&image, tree, &*below), moment, &context);
             }
+            drop(image);
+            let image = files.open(Writability::Writable);
+            for (number, moment) in moments.iter().enumerate() {
+                let id = (number + 1).to_string();
+                image.apply_snapshot(&id).unwrap();
+                assert_same(&read_all(&image, &*below), moment, &context);
+                image.write(&*below, GuestOffset::new(700), &[9; 40_000]).unwrap();
+                image.delete_snapshot(&id).unwrap();
+                image.flush_all().unwrap();
+                let mut written = moment.clone();
+                written[700..40_700].fill(9);
+                files.assert_holds(&written, &context);
+            }
         }
     }
 }

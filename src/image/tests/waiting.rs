@@ -11,9 +11,9 @@ use crate::image::SectorNumbering;
 use crate::store::fault::FaultStore;
 
 impl Image {
-    /// How many hold ranges of the disk or wait for one.
+    /// How many hold ranges of the disk or wait for one, or for the shape of the image, which comes first.
     pub(crate) fn range_requests(&self) -> usize {
-        self.ranges.requests()
+        self.ranges.requests() + self.shape.requests().saturating_sub(1)
     }
 }
 

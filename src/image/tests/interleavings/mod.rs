@@ -53,6 +53,7 @@ struct Scene {
 enum Structure {
     Fixed,
     SnapshotsAndGrowth,
+    Snapshots,
 }
 
 /// What the threads of one schedule share.
@@ -82,13 +83,15 @@ impl Stage {
             4 | 5 => zero(ZeroMode::Unmap),
             6 => zero(ZeroMode::Keep),
             7 | 8 => self.log.flush(|| self.image.flush().unwrap()),
-            9 | 10 if *structure == Structure::SnapshotsAndGrowth => {
-                if random.below(2) == 0 {
-                    self.snapshot(&format!("{thread} {number}"));
-                } else {
-                    self.grow();
-                }
-            }
+            9 | 10 if *structure == Structure::SnapshotsAndGrowth => match random.below(4) {
+                0 | 1 => self.snapshot(&format!("{thread} {number}")),
+                2 => self.delete(),
+                _ => self.grow(),
+            },
+            9..=11 if *structure == Structure::Snapshots => match random.below(4) {
+                0 => self.delete(),
+                _ => self.snapshot(&format!("{thread} {number}")),
+            },
             _ => self.read(range),
         }
     }
@@ -111,6 +114,14 @@ impl Stage {
             let span = Span { begin, end: self.log.now() };
             self.snapshots.lock().unwrap_or_else(PoisonError::into_inner).push((tree, span));
         });
+    }
+
+    /// Deletes a snapshot that somebody has made, while somebody may read it.
+    fn delete(&self) {
+        let newest = self.snapshots.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let Some((tree, _)) = newest else { return };
+        self.image.delete_snapshot(&tree.entry().id).unwrap();
+        assert!(tree.keep().is_err(), "a deleted snapshot can be read");
     }
 
     fn grow(&self) {
@@ -237,6 +248,15 @@ fn snapshots_and_growth_among_writes_see_one_moment_in_every_schedule() {
     let bytes = shuttled(move || image(shape, 7 * SECTOR));
     let scene = Scene { bytes, sectors: 0..12, structure: Structure::SnapshotsAndGrowth };
     run_all(&scene, 300);
+}
+
+#[test]
+fn a_snapshot_beside_writers_and_a_flush_is_one_moment_in_every_schedule() {
+    // Several L2 tables, so that writers come to some of them before they are counted.
+    let shape = Shape { cluster_bits: 9, size: 200 * SECTOR, ..SHAPE };
+    let bytes = shuttled(move || image(shape, 200 * SECTOR));
+    let scene = Scene { bytes, sectors: 60..68, structure: Structure::Snapshots };
+    run_all(&scene, 200);
 }
 
 #[test]
