@@ -7,16 +7,17 @@ use serde_json::{Map, Value, json};
 
 use super::report::printable;
 use super::size::human;
+use super::snapshot_words::{columns_head, snapshot_entry, snapshot_line, snapshot_object};
 use super::views::Source;
 use super::{Output, exit, info_encryption, logging, print};
 use crate::chain::resolve_backing_name;
 use crate::chain::{Address, Depth, Member, MemberChoice};
 use crate::error::{At, Doing, Result};
-use crate::image::{Image, SnapshotTree};
+use crate::image::Image;
 use crate::qcow2::encryption::CRYPT_NONE;
 use crate::qcow2::{
     Bitmap, BitmapFlags, CompatibleFeatures, Compression, DataPlace, Header, IncompatibleFeatures,
-    L2Form, Snapshot, Version,
+    L2Form, Version,
 };
 use crate::store::Store;
 
@@ -212,28 +213,6 @@ fn compat(version: Version) -> &'static str {
     }
 }
 
-fn snapshot_entry(entry: &Snapshot) -> Value {
-    let mut object = json!({
-        "id": entry.id,
-        "name": entry.name,
-        "vm-state-size": entry.vm_state_size,
-        "date-sec": entry.date_seconds,
-        "date-nsec": entry.date_nanoseconds,
-        "vm-clock-sec": entry.vm_clock_nanoseconds / 1_000_000_000,
-        "vm-clock-nsec": entry.vm_clock_nanoseconds % 1_000_000_000,
-    });
-    if let Some(icount) = entry.icount {
-        object["icount"] = icount.into();
-    }
-    object
-}
-
-fn snapshot_object(snapshot: &SnapshotTree) -> Value {
-    let mut object = snapshot_entry(snapshot.entry());
-    object["virtual-size"] = snapshot.size().into();
-    object
-}
-
 /// What `qemu-img info` prints for a member.
 fn describe_in_words(member: &Member) -> Result<String> {
     let (file_len, allocated) = file_sizes(member)?;
@@ -283,7 +262,7 @@ fn describe_image(member: &Member, image: &Image) -> Result<String> {
     let snapshots = image.snapshots();
     if !snapshots.is_empty() {
         text += "Snapshot list:\n";
-        text += &columns("ID", "TAG", "VM_SIZE", "DATE", "VM_CLOCK", "ICOUNT");
+        text += &columns_head();
         for tree in snapshots {
             text += &snapshot_line(tree.entry());
         }
@@ -329,33 +308,4 @@ fn describe_bitmaps(bitmaps: &[Bitmap]) -> String {
         text += &format!("            name: {name}\n            granularity: {granularity}\n");
     }
     text
-}
-
-fn snapshot_line(entry: &Snapshot) -> String {
-    let date = jiff::Timestamp::from_second(entry.date_seconds.into())
-        .map(|time| time.to_zoned(jiff::tz::TimeZone::system()))
-        .map(|time| time.strftime("%Y-%m-%d %H:%M:%S").to_string())
-        .unwrap_or_default();
-    let milliseconds = entry.vm_clock_nanoseconds / 1_000_000;
-    let seconds = milliseconds / 1000;
-    let clock = format!(
-        "{:04}:{:02}:{:02}.{:03}",
-        seconds / 3600,
-        seconds / 60 % 60,
-        seconds % 60,
-        milliseconds % 1000
-    );
-    let icount = entry.icount.map_or("--".to_owned(), |icount| icount.to_string());
-    columns(
-        &printable(&entry.id),
-        &printable(&entry.name),
-        &human(entry.vm_state_size),
-        &date,
-        &clock,
-        &icount,
-    )
-}
-
-fn columns(id: &str, tag: &str, size: &str, date: &str, clock: &str, icount: &str) -> String {
-    format!("{id:<7} {tag:<16} {size:>8} {date:>19} {clock:>15} {icount:>10}\n")
 }

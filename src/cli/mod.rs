@@ -18,6 +18,8 @@ mod progress;
 mod report;
 mod resize;
 mod size;
+mod snapshot;
+mod snapshot_words;
 mod target;
 mod umount;
 mod views;
@@ -57,6 +59,7 @@ enum Verb {
     Resize(resize::Arguments),
     Overlay(overlay::Arguments),
     Ls(ls::Arguments),
+    Snapshot(snapshot::Arguments),
     #[command(name = "mount-helper", hide = true)]
     MountHelper(mount_helper::Arguments),
     #[command(name = "umount-helper", hide = true)]
@@ -99,6 +102,7 @@ pub fn run(arguments: impl Iterator<Item = OsString>) -> ExitCode {
         Verb::Resize(arguments) => finish(resize::run(&arguments)),
         Verb::Overlay(arguments) => finish(overlay::run(&arguments)),
         Verb::Ls(arguments) => finish(ls::run(&arguments)),
+        Verb::Snapshot(arguments) => finish(snapshot::run(&arguments)),
         Verb::MountHelper(arguments) => mount_helper::run(arguments),
         Verb::UmountHelper(arguments) => mount_helper::run_umount(&arguments),
     }

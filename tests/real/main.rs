@@ -10,6 +10,7 @@ mod cli_info;
 mod cli_map;
 mod cli_mount;
 mod cli_resize;
+mod cli_snapshot;
 mod cli_umount;
 mod compose;
 mod compressed;
