@@ -10,15 +10,18 @@ use serde_json::Value;
 use super::report::printable;
 use super::size::human;
 use super::snapshot_words::{columns_head, snapshot_line, snapshot_object, when};
+use super::target::Target;
 use super::{Output, exit, logging, print};
 use crate::chain::{Chain, Depth, OpenOptions, Sharing, SnapshotChoice};
+use crate::control::{Client, Command, SnapshotName};
 use crate::error::{At, Error, Result};
 use crate::image::{Image, SnapshotTree, Writability};
 
 /// List, make, delete and go back to the internal snapshots of an image
 ///
-/// NAME is a snapshot's name, or #ID with its id from the list. The image must not be in use by others; an internal
-/// snapshot of a backing file is made by naming that file.
+/// NAME is a snapshot's name, or #ID with its id from the list. TARGET is an image, or the mountpoint that shows it; an image
+/// that a mount writes is reached through the mount. An internal snapshot of a backing file is made by naming that file,
+/// while nobody uses it.
 #[derive(clap::Args)]
 pub struct Arguments {
     #[command(subcommand)]
@@ -45,16 +48,16 @@ struct List {
     /// Look even if another process is writing
     #[arg(short = 'U', long)]
     force_share: bool,
-    /// The image
-    image: PathBuf,
+    /// The image, or the mountpoint that shows it
+    target: PathBuf,
 }
 
 #[derive(clap::Args)]
 struct Create {
     #[command(flatten)]
     how: How,
-    /// The image
-    image: PathBuf,
+    /// The image, or the mountpoint that shows it
+    target: PathBuf,
     /// The name of the new snapshot
     name: String,
 }
@@ -66,8 +69,8 @@ struct Change {
     dry_run: bool,
     #[command(flatten)]
     how: How,
-    /// The image
-    image: PathBuf,
+    /// The image, or the mountpoint that shows it
+    target: PathBuf,
     /// The snapshot: its name, or #ID
     name: String,
 }
@@ -92,10 +95,15 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
 }
 
 fn list(arguments: &List) -> Result<()> {
-    let sharing = if arguments.force_share { Sharing::Forced } else { Sharing::Locked };
+    let (image, sharing) = match Target::find(&arguments.target)? {
+        // What the mount has made is in the table by the time it says so.
+        Target::Live(mut client) => (top_of(&mut client)?, Sharing::Forced),
+        Target::Image(image) if arguments.force_share => (image, Sharing::Forced),
+        Target::Image(image) => (image, Sharing::Locked),
+    };
     let options = OpenOptions { sharing, depth: Depth::TopOnly, ..OpenOptions::default() };
-    let chain = Chain::open(&arguments.image, &options)?;
-    let snapshots = image_of(&chain, &arguments.image)?.snapshots();
+    let chain = Chain::open(&image, &options)?;
+    let snapshots = image_of(&chain, &image)?.snapshots();
     match arguments.output {
         Output::Json => {
             let objects = snapshots.iter().map(|tree| snapshot_object(tree));
@@ -110,64 +118,122 @@ fn list(arguments: &List) -> Result<()> {
 }
 
 fn create(arguments: &Create) -> Result<()> {
-    let chain = open(&arguments.image, Writability::Writable)?;
-    let image = image_of(&chain, &arguments.image)?;
-    let made = image.create_snapshot(&arguments.name).at(&arguments.image)?;
-    chain.close()?;
-    arguments.how.tell(&format!("Snapshot {} created.", name_of(&made)))
+    let name = match Target::find(&arguments.target)? {
+        Target::Live(mut client) => {
+            let name = arguments.name.clone();
+            client.execute(&Command::CreateSnapshot { name })?;
+            format!("\"{}\"", printable(&arguments.name))
+        }
+        Target::Image(image) => {
+            let chain = open(&image, Writability::Writable)?;
+            let made = image_of(&chain, &image)?.create_snapshot(&arguments.name).at(&image)?;
+            chain.close()?;
+            name_of(&made)
+        }
+    };
+    arguments.how.tell(&format!("Snapshot {name} created."))
 }
 
 fn apply(arguments: &Change) -> Result<()> {
-    let (chain, wanted) = arguments.find()?;
-    let image = image_of(&chain, &arguments.image)?;
+    let mut found = arguments.find()?;
     if arguments.dry_run {
+        let (wanted, image) = (&found.wanted, image_of(&found.chain, &found.path)?);
         return print(&format!(
             "{}: the disk would become what it was at snapshot {}, {}\n\
              its size: {} bytes, {} today; what was written since would be lost\n",
-            printable(&arguments.image.display().to_string()),
-            name_of(&wanted),
+            printable(&found.path.display().to_string()),
+            name_of(wanted),
             when(wanted.entry()),
             wanted.size(),
             image.size(),
         ));
     }
-    image.apply_snapshot(&wanted.entry().id).at(&arguments.image)?;
-    chain.close()?;
-    arguments.how.tell(&format!("Snapshot {} applied.", name_of(&wanted)))
+    let id = &found.wanted.entry().id;
+    match &mut found.client {
+        Some(client) => drop(client.execute(&Command::ApplySnapshot(precisely(&found.wanted)))?),
+        None => {
+            image_of(&found.chain, &found.path)?.apply_snapshot(id).at(&found.path)?;
+            found.chain.close()?;
+        }
+    }
+    arguments.how.tell(&format!("Snapshot {} applied.", name_of(&found.wanted)))
 }
 
 fn delete(arguments: &Change) -> Result<()> {
-    let (chain, wanted) = arguments.find()?;
+    let mut found = arguments.find()?;
     if arguments.dry_run {
-        let state = match wanted.entry().vm_state_size {
+        let entry = found.wanted.entry();
+        let state = match entry.vm_state_size {
             0 => String::new(),
             size => format!(", with {} of a machine's state", human(size)),
         };
         return print(&format!(
             "{}: snapshot {}, {}{state}, would be deleted\n",
-            printable(&arguments.image.display().to_string()),
-            name_of(&wanted),
-            when(wanted.entry()),
+            printable(&found.path.display().to_string()),
+            name_of(&found.wanted),
+            when(entry),
         ));
     }
-    let image = image_of(&chain, &arguments.image)?;
-    image.delete_snapshot(&wanted.entry().id).at(&arguments.image)?;
-    chain.close()?;
-    arguments.how.tell(&format!("Snapshot {} deleted.", name_of(&wanted)))
+    let id = &found.wanted.entry().id;
+    match &mut found.client {
+        Some(client) => drop(client.execute(&Command::DeleteSnapshot(precisely(&found.wanted)))?),
+        None => {
+            image_of(&found.chain, &found.path)?.delete_snapshot(id).at(&found.path)?;
+            found.chain.close()?;
+        }
+    }
+    arguments.how.tell(&format!("Snapshot {} deleted.", name_of(&found.wanted)))
+}
+
+/// A snapshot that is meant, and who is to change it.
+struct Found {
+    /// The image that has it.
+    path: PathBuf,
+    chain: Chain,
+    wanted: Arc<SnapshotTree>,
+    /// The mount that writes the image, if one does.
+    client: Option<Client>,
 }
 
 impl Change {
     /// The image, open for what is to be done, and the snapshot in it that is meant.
-    fn find(&self) -> Result<(Chain, Arc<SnapshotTree>)> {
-        let writability = match self.dry_run {
-            true => Writability::ReadOnly,
-            false => Writability::Writable,
+    fn find(&self) -> Result<Found> {
+        let (path, chain, client) = match Target::find(&self.target)? {
+            Target::Live(mut client) => {
+                let path = top_of(&mut client)?;
+                let options = OpenOptions {
+                    sharing: Sharing::Forced,
+                    depth: Depth::TopOnly,
+                    ..OpenOptions::default()
+                };
+                let chain = Chain::open(&path, &options)?;
+                (path, chain, Some(client))
+            }
+            Target::Image(path) if self.dry_run => {
+                let chain = open(&path, Writability::ReadOnly)?;
+                (path, chain, None)
+            }
+            Target::Image(path) => {
+                let chain = open(&path, Writability::Writable)?;
+                (path, chain, None)
+            }
         };
-        let chain = open(&self.image, writability)?;
-        let snapshots = image_of(&chain, &self.image)?.snapshots();
-        let wanted = SnapshotChoice::parse(&self.name).only(&snapshots).at(&self.image)?;
-        Ok((chain, wanted))
+        let snapshots = image_of(&chain, &path)?.snapshots();
+        let wanted = SnapshotChoice::parse(&self.name).only(&snapshots).at(&path)?;
+        Ok(Found { path, chain, wanted, client })
     }
+}
+
+/// The image that the mount writes.
+fn top_of(client: &mut Client) -> Result<PathBuf> {
+    let nodes = client.execute(&Command::QueryNodes)?;
+    let file = nodes[0]["file"].as_str().map(PathBuf::from);
+    file.ok_or_else(|| Error::usage("the mount does not say which image it shows"))
+}
+
+fn precisely(snapshot: &SnapshotTree) -> SnapshotName {
+    let entry = snapshot.entry();
+    SnapshotName { id: Some(entry.id.clone()), name: Some(entry.name.clone()) }
 }
 
 impl How {

@@ -26,6 +26,10 @@ pub enum Command {
         /// Its name.
         name: String,
     },
+    /// `blockdev-snapshot-delete-internal-sync`: deletes one.
+    DeleteSnapshot(SnapshotName),
+    /// `x-qchainfs-snapshot-apply`: the disk goes back to one. QEMU has no such command.
+    ApplySnapshot(SnapshotName),
     /// `blockdev-snapshot-sync`: puts a new image on top of the chain.
     Overlay(NewOverlay),
     /// `block_resize`: makes the disk larger.
@@ -33,6 +37,15 @@ pub enum Command {
         /// The new size in bytes.
         size: u64,
     },
+}
+
+/// Which internal snapshot is meant: whatever of it is said must be right.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+pub struct SnapshotName {
+    /// Its id.
+    pub id: Option<String>,
+    /// Its name.
+    pub name: Option<String>,
 }
 
 /// The new top image that a chain is to get.
@@ -97,12 +110,14 @@ impl Request {
 }
 
 /// The commands of a [`Command`] by their names on the wire.
-pub(super) const COMMANDS: [&str; 5] = [
+pub(super) const COMMANDS: [&str; 7] = [
     "query-named-block-nodes",
     "query-block",
     "blockdev-snapshot-internal-sync",
+    "blockdev-snapshot-delete-internal-sync",
     "blockdev-snapshot-sync",
     "block_resize",
+    "x-qchainfs-snapshot-apply",
 ];
 
 impl Command {
@@ -122,6 +137,10 @@ impl Command {
                 check_device(&device)?;
                 Self::CreateSnapshot { name }
             }
+            "blockdev-snapshot-delete-internal-sync" => {
+                Self::DeleteSnapshot(ChoiceArguments::read(arguments)?)
+            }
+            "x-qchainfs-snapshot-apply" => Self::ApplySnapshot(ChoiceArguments::read(arguments)?),
             "blockdev-snapshot-sync" => Self::Overlay(OverlayArguments::read(arguments)?),
             "block_resize" => {
                 let ResizeArguments { device, node_name, size } = read(arguments)?;
@@ -137,12 +156,26 @@ impl Command {
 
     /// The name and arguments that [`Command::parse`] makes the same command of.
     pub(super) fn write(&self) -> (&'static str, Value) {
+        let choice = |choice: &SnapshotName| {
+            let mut arguments = json!({ "device": DEVICE });
+            if let Some(id) = &choice.id {
+                arguments["id"] = json!(id);
+            }
+            if let Some(name) = &choice.name {
+                arguments["name"] = json!(name);
+            }
+            arguments
+        };
         match self {
             Self::QueryNodes => ("query-named-block-nodes", json!({})),
             Self::QueryBlock => ("query-block", json!({})),
             Self::CreateSnapshot { name } => {
                 ("blockdev-snapshot-internal-sync", json!({ "device": DEVICE, "name": name }))
             }
+            Self::DeleteSnapshot(snapshot) => {
+                ("blockdev-snapshot-delete-internal-sync", choice(snapshot))
+            }
+            Self::ApplySnapshot(snapshot) => ("x-qchainfs-snapshot-apply", choice(snapshot)),
             Self::Overlay(NewOverlay { file, existing, quiesce }) => (
                 "blockdev-snapshot-sync",
                 json!({
@@ -173,6 +206,25 @@ struct FlatArguments {
 struct CreateArguments {
     device: String,
     name: String,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ChoiceArguments {
+    device: String,
+    id: Option<String>,
+    name: Option<String>,
+}
+
+impl ChoiceArguments {
+    fn read(arguments: Map<String, Value>) -> Result<SnapshotName, Refusal> {
+        let Self { device, id, name } = read(arguments)?;
+        check_device(&device)?;
+        match (&id, &name) {
+            (None, None) => Err(Refusal::Wrong("Name or id must be provided".to_owned())),
+            _ => Ok(SnapshotName { id, name }),
+        }
+    }
 }
 
 #[derive(Deserialize)]
@@ -322,10 +374,13 @@ mod tests {
 
     #[test]
     fn a_command_survives_the_wire() {
+        let snapshot = SnapshotName { id: Some("3".into()), name: Some("before".into()) };
         for command in [
             Command::QueryNodes,
             Command::QueryBlock,
             Command::CreateSnapshot { name: "a \"b\"".into() },
+            Command::DeleteSnapshot(snapshot.clone()),
+            Command::ApplySnapshot(SnapshotName { id: None, ..snapshot }),
             Command::Overlay(NewOverlay {
                 file: "/a/b.qcow2".into(),
                 existing: Existing::Replace,
@@ -345,6 +400,7 @@ mod tests {
         for text in [
             r#"{"execute": "blockdev-snapshot-internal-sync", "arguments": {"device": "disk"}}"#,
             r#"{"execute": "blockdev-snapshot-internal-sync", "arguments": {"device": "x", "name": "a"}}"#,
+            r#"{"execute": "blockdev-snapshot-delete-internal-sync", "arguments": {"device": "disk"}}"#,
             r#"{"execute": "query-block", "arguments": {"unknown": 1}}"#,
             r#"{"execute": "query-block", "arguments": []}"#,
             r#"{"execute": "query-block", "extra": 1}"#,

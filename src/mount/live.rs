@@ -74,6 +74,14 @@ impl Target for Live {
                 self.tell(self.tree.create_snapshot(name)?);
                 Ok(json!({}))
             }
+            Command::DeleteSnapshot(choice) => {
+                let deleted = self.tell(self.tree.delete_snapshot(choice, &self.mountpoint)?);
+                Ok(snapshot_info(&deleted))
+            }
+            Command::ApplySnapshot(choice) => {
+                let applied = self.tell(self.tree.apply_snapshot(choice, &self.mountpoint)?);
+                Ok(snapshot_info(&applied))
+            }
             Command::Overlay(new) => self.overlay(new),
             Command::Resize { size } => {
                 self.tree.grow(*size)?;

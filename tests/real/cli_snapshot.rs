@@ -248,9 +248,10 @@ fn an_image_in_use_is_left_alone_and_the_list_can_be_had_by_force() {
     let said = qchainfs(&args!["snapshot", "list", "-U", image]).ok();
     assert!(said.contains("one"), "{said}");
     drop(held);
-    let mounted = Mounted::new(&image);
+    let mounted = Mounted::read_only(&image);
     let said = qchainfs(&args!["snapshot", "delete", image, "one"]).fails(11);
     assert!(said.contains("qchainfs"), "{said}");
+    qchainfs(&args!["snapshot", "delete", mounted.root(), "one"]).fails(1);
     mounted.umount();
     ours("delete", &image, "one");
 }

@@ -25,6 +25,8 @@ mod helper;
 mod hostile_names;
 mod kill_loop;
 mod killed;
+mod killed_changes;
+mod live_snapshots;
 mod locks;
 mod loops;
 mod malformed;

@@ -1,12 +1,15 @@
 //! Changes of the chain while it is mounted: a new shape takes the place of the old one.
 
 use std::path::Path;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard, PoisonError};
 
-use super::{Outdated, Tree};
+use super::{Outdated, Tree, What};
 use crate::chain::{Chain, Existing, View};
+use crate::control::SnapshotName;
 use crate::error::{At, Error, Problem, Result};
 use crate::image::{Image, SnapshotTree};
+use crate::mount::in_use::holders;
 
 /// A change that was made.
 pub struct Changed<T> {
@@ -26,6 +29,57 @@ impl Tree {
         let chain = self.chain();
         let value = writable(&chain)?.create_snapshot(name).at(chain.members()[0].path())?;
         Ok(Changed { value, outdated: self.show(chain.view(0)?, None)? })
+    }
+
+    /// Deletes an internal snapshot of the active layer. It is not shown any more before that.
+    ///
+    /// # Errors
+    /// [`Problem::NoSuchSnapshot`]; [`Problem::Busy`] while somebody has its disk open (`mountpoint` is where to look for
+    /// him); as [`Image::delete_snapshot`].
+    pub fn delete_snapshot(
+        &self,
+        choice: &SnapshotName,
+        mountpoint: &Path,
+    ) -> Result<Changed<Arc<SnapshotTree>>> {
+        let _change = self.change();
+        let chain = self.chain();
+        let image = writable(&chain)?;
+        let path = chain.members()[0].path();
+        let value = find(image, choice).at(path)?;
+        let mut outdated = self.hide(&chain, &value, mountpoint)?;
+        let deleted = image.delete_snapshot(&value.entry().id).at(path);
+        // Where that failed it is there again, and else not.
+        outdated.extend(self.show(chain.view(0)?, None)?);
+        deleted.map(|()| Changed { value, outdated })
+    }
+
+    /// Takes the disk back to an internal snapshot of the active layer.
+    ///
+    /// # Errors
+    /// [`Problem::NoSuchSnapshot`]; [`Problem::Busy`] while somebody could write to the disk; as
+    /// [`Image::apply_snapshot`].
+    pub fn apply_snapshot(
+        &self,
+        choice: &SnapshotName,
+        mountpoint: &Path,
+    ) -> Result<Changed<Arc<SnapshotTree>>> {
+        let _change = self.change();
+        let chain = self.chain();
+        let image = writable(&chain)?;
+        let path = chain.members()[0].path();
+        let value = find(image, choice).at(path)?;
+        // Who writes relies on what he has read: it must not change under him.
+        let Some(no_writers) = self.handles.keep_writers_out() else {
+            let holders = holders(mountpoint);
+            return Err(Error::new(Problem::Busy { holders }).at(path));
+        };
+        let applied = image.apply_snapshot(&value.entry().id).at(path);
+        drop(no_writers);
+        self.writes.fetch_add(1, Ordering::AcqRel);
+        applied?;
+        let mut outdated = self.show(chain.view(0)?, None)?;
+        outdated.extend(self.active_disks());
+        Ok(Changed { value, outdated })
     }
 
     /// Puts the new image `file` on top of the chain: what was written so far is `chain/1` from now on.
@@ -52,9 +106,68 @@ impl Tree {
         *self.shape.write().unwrap_or_else(PoisonError::into_inner) = new.clone();
         Ok(old.outdated_by(&new))
     }
+
+    /// Shows the tree without `snapshot` from now on, unless somebody has it open.
+    fn hide(
+        &self,
+        chain: &Arc<Chain>,
+        snapshot: &Arc<SnapshotTree>,
+        mountpoint: &Path,
+    ) -> Result<Vec<Outdated>> {
+        let old = self.shape();
+        let new = Arc::new(self.plan.build(chain.view(0)?, Some(&old), Some(snapshot))?);
+        let mut shape = self.shape.write().unwrap_or_else(PoisonError::into_inner);
+        if self.handles.has_open(snapshot) {
+            drop(shape);
+            let holders = holders(mountpoint);
+            return Err(Error::new(Problem::Busy { holders }).at(chain.members()[0].path()));
+        }
+        *shape = new.clone();
+        Ok(old.outdated_by(&new))
+    }
+
+    /// The content of the active disk under all its names.
+    fn active_disks(&self) -> Vec<Outdated> {
+        let shape = self.shape();
+        let disks = shape.nodes.values().filter(|node| node.view == 0);
+        let disks = disks.filter(|node| matches!(node.what, What::Disk(_)));
+        let mut disks: Vec<_> = disks.map(|node| Outdated::Content(node.inode)).collect();
+        let partitions = self.partitions.read().unwrap_or_else(PoisonError::into_inner);
+        for node in partitions.nodes.values() {
+            let parent = shape.nodes.get(&node.parent);
+            if parent.is_some_and(|parent| parent.view == 0) {
+                disks.push(Outdated::Content(node.inode));
+            }
+        }
+        disks
+    }
 }
 
 fn writable(chain: &Chain) -> Result<&Image> {
     let image = chain.active_image().filter(|image| image.is_writable());
     image.ok_or_else(|| Error::new(Problem::ReadOnly).at(chain.members()[0].path()))
+}
+
+/// The one snapshot of `image` of which all that `choice` says is true.
+fn find(image: &Image, choice: &SnapshotName) -> Result<Arc<SnapshotTree>> {
+    let snapshots = image.snapshots();
+    let fits = |tree: &&Arc<SnapshotTree>| {
+        let entry = tree.entry();
+        choice.id.as_ref().is_none_or(|id| *id == entry.id)
+            && choice.name.as_ref().is_none_or(|name| *name == entry.name)
+    };
+    let found: Vec<_> = snapshots.iter().filter(fits).collect();
+    match found[..] {
+        [one] => Ok(one.clone()),
+        [] => {
+            let wanted = choice.name.as_ref().or(choice.id.as_ref()).cloned().unwrap_or_default();
+            let present = snapshots.iter().map(|tree| tree.entry().name.clone()).collect();
+            Err(Error::new(Problem::NoSuchSnapshot { wanted, present }))
+        }
+        _ => {
+            let wanted = choice.name.clone().unwrap_or_default();
+            let ids = found.iter().map(|tree| tree.entry().id.clone()).collect();
+            Err(Error::new(Problem::AmbiguousSnapshot { wanted, ids }))
+        }
+    }
 }

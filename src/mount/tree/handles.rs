@@ -1,13 +1,13 @@
 //! Open files: reads, writes, holes.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use super::{Attributes, DiscardMode, Growth, Tree, What, Window};
 use crate::chain::View;
 use crate::error::{Error, Problem, Result};
-use crate::image::ZeroMode;
+use crate::image::{SnapshotTree, ZeroMode};
 use crate::mount::inode::Inode;
 use crate::store::MappedRun;
 use crate::units::GuestRange;
@@ -48,12 +48,24 @@ pub enum PastEnd {
 pub(super) struct Handles {
     next: AtomicU64,
     open: RwLock<HashMap<u64, Arc<Open>>>,
+    /// Nobody may open the active disk for writing. Changes under the lock of `open` only.
+    writers_kept_out: AtomicBool,
+}
+
+/// Nobody opens the active disk for writing until this is dropped.
+pub(super) struct NoWriters<'a>(&'a Handles);
+
+impl Drop for NoWriters<'_> {
+    fn drop(&mut self) {
+        self.0.writers_kept_out.store(false, Ordering::Release);
+    }
 }
 
 enum Open {
     /// The active disk, whichever image is on top.
     Active {
         window: Window,
+        purpose: OpenFor,
     },
     /// A view that stays what it is.
     Disk {
@@ -63,17 +75,47 @@ enum Open {
     Document(Vec<u8>),
 }
 
+impl Open {
+    fn can_write(&self) -> bool {
+        matches!(self, Self::Active { purpose: OpenFor::Writing, .. })
+    }
+}
+
 impl Handles {
-    fn add(&self, open: Open) -> Handle {
+    fn add(&self, open: Open) -> Result<Handle> {
         let mut files = self.open.write().unwrap_or_else(PoisonError::into_inner);
+        if open.can_write() && self.writers_kept_out.load(Ordering::Acquire) {
+            return Err(Error::new(Problem::Busy { holders: Vec::new() }));
+        }
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         files.insert(number, Arc::new(open));
-        Handle(number)
+        Ok(Handle(number))
     }
 
     fn get(&self, handle: Handle) -> Result<Arc<Open>> {
         let files = self.open.read().unwrap_or_else(PoisonError::into_inner);
         files.get(&handle.0).cloned().ok_or_else(|| Error::usage("no such open file"))
+    }
+
+    /// Keeps those out who want to write to the active disk, unless there are some.
+    pub fn keep_writers_out(&self) -> Option<NoWriters<'_>> {
+        let files = self.open.write().unwrap_or_else(PoisonError::into_inner);
+        if files.values().any(|open| open.can_write()) {
+            return None;
+        }
+        self.writers_kept_out.store(true, Ordering::Release);
+        Some(NoWriters(self))
+    }
+
+    /// Whether somebody has a disk of that snapshot open.
+    pub fn has_open(&self, snapshot: &SnapshotTree) -> bool {
+        let files = self.open.read().unwrap_or_else(PoisonError::into_inner);
+        files.values().any(|open| match &**open {
+            Open::Disk { view, .. } => {
+                view.snapshot().is_some_and(|tree| std::ptr::eq(tree, snapshot))
+            }
+            _ => false,
+        })
     }
 }
 
@@ -88,7 +130,9 @@ impl Tree {
         let node = self.node(&shape, inode)?;
         let view = &shape.views[node.view].view;
         let (open, caching) = match node.what {
-            What::Disk(window) if view.is_writable() => (Open::Active { window }, Caching::Nothing),
+            What::Disk(window) if view.is_writable() => {
+                (Open::Active { window, purpose }, Caching::Nothing)
+            }
             What::Disk(window) => (Open::Disk { view: view.clone(), window }, Caching::Everything),
             What::Document(document) => {
                 (Open::Document(self.content(&shape, document, node.view)?), Caching::Nothing)
@@ -100,7 +144,7 @@ impl Tree {
         if purpose == OpenFor::Writing && !matches!(open, Open::Active { .. }) {
             return Err(Error::new(Problem::ReadOnly));
         }
-        Ok((self.handles.add(open), caching))
+        Ok((self.handles.add(open)?, caching))
     }
 
     /// Closes a file.
@@ -267,7 +311,7 @@ impl Tree {
     /// # Errors
     /// As [`View::grow`].
     pub fn grow(&self, size: u64) -> Result<()> {
-        let active = Open::Active { window: Window::Whole };
+        let active = Open::Active { window: Window::Whole, purpose: OpenFor::Writing };
         let grown = self.on_disk(&active, |view, _| view.grow(size));
         // A partition table can mean something else on a larger disk.
         self.writes.fetch_add(1, Ordering::AcqRel);
@@ -285,7 +329,7 @@ impl Tree {
             let (done, chain) = match open {
                 Open::Document(_) => return Err(Error::new(Problem::ReadOnly)),
                 Open::Disk { view, window } => return f(view, window.range(view)),
-                Open::Active { window } => {
+                Open::Active { window, .. } => {
                     let shape = self.shape();
                     let view = shape.root();
                     (f(view, window.range(view)), shape.chain.clone())
