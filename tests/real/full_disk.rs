@@ -11,6 +11,7 @@ use crate::support::mounted::Mounted;
 use crate::support::oracle::{bytes_of, bytes_of_snapshot, read_at, same};
 use crate::support::random::{Random, seeds};
 use crate::support::tools::{args, run};
+use crate::support::watchdog::wait_until;
 use crate::support::{K, M, index};
 
 fn create(image: &Path, size: u64, options: &str) {
@@ -137,7 +138,8 @@ fn a_full_disk_stays_an_ordinary_error_where_tables_are_in_holes() {
     assert_eq!(error.kind(), io::ErrorKind::StorageFull);
     disk.sync_all().expect("nothing waits for space");
     fs::remove_file(host.path("ballast.rest")).expect("make room");
-    disk.write_all_at(&data, first_free).expect("there is space again");
+    // A process that another test is just starting may hold the file that was removed for a moment.
+    wait_until("there is space again", || disk.write_all_at(&data, first_free).is_ok());
     disk.sync_all().expect("sync");
     drop(disk);
     mounted.umount();
