@@ -6,12 +6,11 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::member::{Disk, Member};
-use super::view::Backing;
 use super::{Chain, Format};
 use crate::error::{At, Doing, Error, Problem, Result};
-use crate::image::{Companions, CreateOptions, Image, NewImage, Writability};
+use crate::image::{Companions, CreateOptions, Image, NewImage, Nothing, Writability};
 use crate::qcow2::{Geometry, Version};
-use crate::store::{Access, FileStore, LockMode};
+use crate::store::{Access, FileId, FileStore, LockMode};
 
 /// Clusters of 64 KiB and refcounts of 16 bits, as `qemu-img create` chooses.
 const GEOMETRY: (u32, u32) = (16, 4);
@@ -36,7 +35,7 @@ impl Chain {
     ///
     /// # Errors
     /// A chain that can't be written; a file that is there, or is part of the chain; an encrypted active layer, whose
-    /// overlay would show what it hides. No file is ever removed: one that could not be finished stays.
+    /// overlay would show what it hides; an active layer that has no name any more, or another. No file is ever removed: one that could not be finished stays.
     pub fn prepare_overlay(self: &Arc<Self>, file: &Path, existing: Existing) -> Result<Overlay> {
         let old = &self.members[0];
         let image = self.active_image().filter(|image| image.is_writable());
@@ -50,7 +49,7 @@ impl Chain {
             size: image.size(),
             version: Version::V3,
             geometry: Geometry::new(GEOMETRY.0, GEOMETRY.1),
-            backing: Some((backing_name(old.path(), file)?, Format::Qcow2.to_string())),
+            backing: Some((backing_name(old, file)?, Format::Qcow2.to_string())),
         };
         let new = NewImage::plan(&options).at(file)?;
         let store = self.place_for(file, existing).at(file)?;
@@ -100,9 +99,10 @@ impl Overlay {
         let still = image.hold_still().at(old.path())?;
         let members = [Arc::new(top)].into_iter().chain(chain.members.iter().cloned()).collect();
         let new = Arc::new(Chain::of_shared(members));
-        // The disk may have grown since the image was made.
+        // The disk may have grown since the image was made, and what was written there meanwhile has to show through. An
+        // image that is empty and has nothing below hides nothing when it grows.
         if let Some(top) = new.active_image().filter(|top| top.size() != image.size()) {
-            top.grow(&Backing::of(&new), image.size()).at(new.members[0].path())?;
+            top.grow(&Nothing, image.size()).at(new.members[0].path())?;
         }
         let switched = switch(new)?;
         still.for_good();
@@ -113,9 +113,18 @@ impl Overlay {
 
 /// What the image `overlay` shall call its backing file `base`: a name relative to its own directory where `base` is in there or
 /// below, so that both can be moved together, else an absolute one. Relative names count from the overlay, not from where
-/// anybody was started.
-fn backing_name(base: &Path, overlay: &Path) -> Result<Vec<u8>> {
-    let base = fs::canonicalize(base).doing("follow its name").at(base)?;
+/// anybody was started; through a symbolic link they would count from the link.
+fn backing_name(base: &Member, overlay: &Path) -> Result<Vec<u8>> {
+    let opened_as = base.path();
+    let path = fs::canonicalize(opened_as).doing("follow its name").at(opened_as)?;
+    // It was opened long ago: whoever moved it since must not find another file under the overlay.
+    if FileId::of(&path) != Some(base.store().id()) {
+        return Err(Error::new(Problem::Moved).at(opened_as));
+    }
+    let base = path;
+    if overlay.is_symlink() {
+        return Ok(base.as_os_str().as_bytes().to_vec());
+    }
     let directory = overlay.parent().filter(|parent| !parent.as_os_str().is_empty());
     let directory = directory.unwrap_or(Path::new("."));
     let directory = fs::canonicalize(directory).doing("follow its name").at(directory)?;
@@ -123,4 +132,37 @@ fn backing_name(base: &Path, overlay: &Path) -> Result<Vec<u8>> {
     // A colon before any slash would make it the name of a protocol.
     let first = name.split(|&byte| byte == b'/').next().unwrap_or_default();
     Ok(if first.contains(&b':') { [b"./", &name[..]].concat() } else { name })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::chain::OpenOptions;
+    use crate::store::memory::MemoryStore;
+    use crate::units::GuestOffset;
+
+    #[test]
+    fn what_was_written_to_a_disk_that_grew_after_its_overlay_was_made_shows_through() {
+        // Ends within a cluster, and grows into others.
+        let (old, new) = ((1 << 16) + 512, 5_u64 << 16);
+        let directory = tempfile::tempdir().unwrap();
+        let store = MemoryStore::default();
+        let geometry = Geometry::new(GEOMETRY.0, GEOMETRY.1);
+        let options = CreateOptions { size: old, version: Version::V3, geometry, backing: None };
+        NewImage::plan(&options).unwrap().write(&store).unwrap();
+        let top = directory.path().join("top.qcow2");
+        fs::write(&top, store.bytes()).unwrap();
+        let options = OpenOptions { writability: Writability::Writable, ..OpenOptions::default() };
+        let chain = Arc::new(Chain::open(&top, &options).unwrap());
+        let disk = chain.view(0).unwrap();
+
+        let file = directory.path().join("new.qcow2");
+        let overlay = chain.prepare_overlay(&file, Existing::Refuse).unwrap();
+        disk.grow(new).unwrap();
+        disk.write(GuestOffset::ZERO, &vec![7; new as usize]).unwrap();
+        let chain = overlay.put_on_top(Ok).unwrap();
+        let mut found = vec![0; new as usize];
+        chain.view(0).unwrap().read(GuestOffset::ZERO, &mut found).unwrap();
+        assert!(found.iter().all(|&byte| byte == 7), "the overlay hides what was written");
+    }
 }

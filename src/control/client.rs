@@ -3,11 +3,15 @@
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use super::message::{Command, kind_of};
 use crate::error::{At, Doing, Error, Problem, Result};
+
+/// What a mount that is well answers at once is waited for no longer than this.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// A connection to a live mount.
 pub struct Client {
@@ -19,9 +23,10 @@ impl Client {
     /// Connects to the socket at `path`.
     ///
     /// # Errors
-    /// Nobody listens there, or somebody who does not speak QMP.
+    /// Nobody listens there, or somebody who does not speak QMP, or not at all.
     pub fn connect(path: &Path) -> Result<Self> {
         let stream = UnixStream::connect(path).doing("reach its control socket").at(path)?;
+        stream.set_read_timeout(Some(PATIENCE)).doing("limit the wait for it").at(path)?;
         let mut client = Self { path: path.to_path_buf(), stream: BufReader::new(stream) };
         let greeting = client.receive()?;
         if greeting.get("QMP").is_none() {
@@ -36,7 +41,10 @@ impl Client {
     /// # Errors
     /// What the mount could not do, in its words; a connection that breaks.
     pub fn execute(&mut self, command: &Command) -> Result<Value> {
-        let (name, arguments) = command.write();
+        let (name, arguments) = command.write()?;
+        let patience = command.is_quick().then_some(PATIENCE);
+        let limited = self.stream.get_ref().set_read_timeout(patience);
+        limited.doing("limit the wait for it").at(&self.path)?;
         self.call(name, &arguments)
     }
 

@@ -1,13 +1,13 @@
 //! What goes over the wire: requests, answers and errors of QMP (QEMU's "QMP Protocol Specification").
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
 use crate::chain::Existing;
-use crate::error::{Error, Kind};
+use crate::error::{self, Error, Kind};
 
 /// The name under which the disk of a mount is known as a device.
 pub const DEVICE: &str = "disk";
@@ -155,7 +155,10 @@ impl Command {
     }
 
     /// The name and arguments that [`Command::parse`] makes the same command of.
-    pub(super) fn write(&self) -> (&'static str, Value) {
+    ///
+    /// # Errors
+    /// A file whose name JSON can't hold.
+    pub(super) fn write(&self) -> error::Result<(&'static str, Value)> {
         let choice = |choice: &SnapshotName| {
             let mut arguments = json!({ "device": DEVICE });
             if let Some(id) = &choice.id {
@@ -166,7 +169,7 @@ impl Command {
             }
             arguments
         };
-        match self {
+        Ok(match self {
             Self::QueryNodes => ("query-named-block-nodes", json!({})),
             Self::QueryBlock => ("query-block", json!({})),
             Self::CreateSnapshot { name } => {
@@ -180,14 +183,35 @@ impl Command {
                 "blockdev-snapshot-sync",
                 json!({
                     "device": DEVICE,
-                    "snapshot-file": file,
+                    "snapshot-file": utf8(file)?,
                     "x-qchainfs-force": *existing == Existing::Replace,
                     "x-qchainfs-quiesce": *quiesce == Quiesce::Yes,
                 }),
             ),
             Self::Resize { size } => ("block_resize", json!({ "device": DEVICE, "size": size })),
+        })
+    }
+
+    /// Whether it only looks at what is in memory, and so is answered at once unless something is wrong.
+    pub(super) fn is_quick(&self) -> bool {
+        match self {
+            Self::QueryNodes | Self::QueryBlock => true,
+            Self::CreateSnapshot { .. }
+            | Self::DeleteSnapshot(_)
+            | Self::ApplySnapshot(_)
+            | Self::Overlay(_)
+            | Self::Resize { .. } => false,
         }
     }
+}
+
+fn utf8(file: &Path) -> error::Result<&str> {
+    file.to_str().ok_or_else(|| {
+        Error::usage(format!(
+            "{}: its name is not UTF-8, which a mount can't be told",
+            file.display()
+        ))
+    })
 }
 
 #[derive(Deserialize)]
@@ -388,7 +412,7 @@ mod tests {
             }),
             Command::Resize { size: 1 << 40 },
         ] {
-            let (name, arguments) = command.write();
+            let (name, arguments) = command.write().unwrap();
             assert!(COMMANDS.contains(&name));
             let Value::Object(arguments) = arguments else { panic!("no object") };
             assert_eq!(Command::parse(name, arguments), Ok(command));

@@ -6,6 +6,7 @@ use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -145,8 +146,11 @@ impl Shared {
         let stream = client.try_clone()?;
         let shared = self.clone();
         let work = move || {
-            if let Err(error) = shared.talk(&client) {
-                log::debug!("control client {number}: {error}");
+            // Also after a bug it has to go: who is on the list keeps the connection, and its client waits.
+            match catch_unwind(AssertUnwindSafe(|| shared.talk(&client))) {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => log::debug!("control client {number}: {error}"),
+                Err(_) => log::error!("control client {number} ran into a bug"),
             }
             shared.clients().retain(|other| other.number != number);
         };

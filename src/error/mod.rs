@@ -179,6 +179,8 @@ pub enum Problem {
     },
     /// The image is no longer the active layer: another one was put on top of it.
     Retired,
+    /// The name of an open file leads to another one by now.
+    Moved,
     /// What the process behind a mount could not do, in its words.
     Remote {
         /// See [`Error::headline`].

@@ -81,6 +81,7 @@ impl Error {
             }
             Problem::Helper { program, .. } => format!("{program} failed"),
             Problem::Retired => format!("{file} is a backing file by now"),
+            Problem::Moved => format!("{file} is not the file any more that is in use"),
             Problem::Remote { headline, .. } => headline.clone(),
             Problem::Io { action, .. } => match self.path() {
                 Some(path) => format!("{}: could not {action}", show(path)),
@@ -143,6 +144,9 @@ impl Error {
                 "it has {count}, counted from 0, the active layer, to {}, the base",
                 count.saturating_sub(1)
             )),
+            Problem::Moved => Some(
+                "it was moved or replaced, and the new image would name what is there now; move it back".into(),
+            ),
             Problem::Helper { message, .. } => Some(message.clone()),
             Problem::Remote { reason, .. } => reason.clone(),
             Problem::Io { source, .. } => Some(source.to_string()),

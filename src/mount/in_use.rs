@@ -86,7 +86,7 @@ fn mounts_below(mountpoint: &Path) -> Vec<String> {
 }
 
 /// The names in a directory; none if it can't be read.
-fn names_in(directory: &Path) -> impl Iterator<Item = OsString> {
+pub(super) fn names_in(directory: &Path) -> impl Iterator<Item = OsString> {
     fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.file_name())
 }
 

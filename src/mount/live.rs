@@ -96,21 +96,22 @@ fn nodes(chain: &Chain) -> Value {
     let members = chain.members();
     let node = |(index, member): (usize, &Arc<Member>)| {
         let below = members.len() - 1 - index;
+        let file = name_of(member);
         let mut info = json!({
             "node-name": format!("{NODE_PREFIX}{index}"),
             "drv": member.format().to_string(),
-            "file": member.path(),
+            "file": file,
             "ro": index > 0 || !chain.is_writable(),
             "encrypted": member.image().is_some_and(|image| image.is_encrypted()),
             "backing_file_depth": below,
             "image": {
-                "filename": member.path(),
+                "filename": file,
                 "format": member.format().to_string(),
                 "virtual-size": member.size(),
             },
         });
         if let Some(below) = members.get(index + 1) {
-            info["backing_file"] = json!(below.path());
+            info["backing_file"] = json!(name_of(below));
         }
         let snapshots = member.image().map(|image| image.snapshots()).unwrap_or_default();
         if !snapshots.is_empty() {
@@ -120,6 +121,11 @@ fn nodes(chain: &Chain) -> Value {
         info
     };
     members.iter().enumerate().map(node).collect()
+}
+
+/// The name of a member's file as JSON can hold it: bytes that are no UTF-8 are replaced.
+fn name_of(member: &Member) -> String {
+    member.path().display().to_string()
 }
 
 /// A snapshot as QEMU's `SnapshotInfo`.

@@ -1,7 +1,9 @@
 //! The control socket: QMP as any client speaks it, and what is left of a mount that died.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -12,7 +14,7 @@ use serde_json::{Value, json};
 use crate::support::M;
 use crate::support::images::{Images, check};
 use crate::support::mounted::{Mounted, is_running};
-use crate::support::tools::{args, attempt, qchainfs, run};
+use crate::support::tools::{QCHAINFS, args, attempt, qchainfs, run};
 use crate::support::watchdog::wait_until;
 
 struct Client(BufReader<UnixStream>);
@@ -154,6 +156,45 @@ fn a_mount_that_died_leaves_nothing_that_hinders_the_next() {
     }
     let mounted = Mounted::new(&image);
     Client::connect(&socket_of(&mounted)).negotiate();
+    mounted.umount();
+}
+
+#[test]
+fn a_name_that_is_no_utf8_hinders_nobody() {
+    let images = Images::new();
+    let named = |bytes: &[u8]| images.path("").join(OsStr::from_bytes(bytes));
+    let image = named(b"dis\xff.qcow2");
+    fs::rename(images.create("disk.qcow2", M, ""), &image).expect("rename");
+    let mounted = Mounted::new(&image);
+    let root = mounted.root().display().to_string();
+    let listed = qchainfs(&args!["ls"]).ok();
+    let line = listed.lines().find(|line| line.contains(&root)).expect("it is listed");
+    assert!(line.contains("writable"), "{line}");
+    let unspeakable = named(b"ne\xff.qcow2");
+    let said = qchainfs(&args!["overlay", mounted.root(), &unspeakable]).fails(2);
+    assert!(said.contains("not UTF-8"), "{said}");
+    assert!(!unspeakable.exists());
+    let new = images.path("new.qcow2");
+    qchainfs(&args!["overlay", mounted.root(), &new]).ok();
+    mounted.umount();
+    check(&new);
+}
+
+#[test]
+fn a_mount_that_hangs_does_not_hold_up_commands_for_others() {
+    let images = Images::new();
+    let mounted = Mounted::new(images.create("disk.qcow2", M, ""));
+    let other = images.create("other.qcow2", M, "");
+    let daemon = mounted.daemon();
+    kill(daemon, Signal::SIGSTOP).expect("stop the daemon");
+    let listed = attempt("timeout", &args!["60", QCHAINFS, "ls"]);
+    let resized = attempt("timeout", &args!["60", QCHAINFS, "resize", &other, "2M"]);
+    kill(daemon, Signal::SIGCONT).expect("let the daemon go on");
+    let root = mounted.root().display().to_string();
+    let listed = listed.ok();
+    let line = listed.lines().find(|line| line.contains(&root)).expect("it is listed");
+    assert!(line.contains("no answer"), "{line}");
+    resized.ok();
     mounted.umount();
 }
 

@@ -1,7 +1,7 @@
 //! `overlay`: a new image on top of a chain, live or at rest.
 
 use std::fs::{self, File};
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{FileExt as _, symlink};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
@@ -261,6 +261,71 @@ fn a_new_image_on_a_file_system_on_the_disk_itself_is_refused() {
     drop(device);
     mounted.umount();
     check(&image);
+}
+
+#[test]
+fn a_btrfs_on_the_disk_is_frozen_too_and_takes_no_new_image() {
+    let images = Images::new();
+    let image = images.create("disk.qcow2", 256 * M, "");
+    let mounted = Mounted::new(&image);
+    let device = LoopDevice::attach(&mounted.disk());
+    run("mkfs.btrfs", &args!["-q", device.path()]);
+    let inner = FileSystem::mount(device.path(), "rw");
+    fs::write(inner.path("inside.qcow2"), b"").expect("write a file");
+    symlink(inner.path("inside.qcow2"), images.path("link.qcow2")).expect("make a link");
+    for new in [inner.path("new.qcow2"), images.path("link.qcow2")] {
+        let said = qchainfs(&args!["overlay", "--force", mounted.root(), &new]).fails(2);
+        assert!(said.contains("on this very disk"), "{said}");
+    }
+    assert!(!inner.path("new.qcow2").exists());
+    fs::write(inner.path("late"), "written and not synced").expect("write a file");
+    let new = images.path("new.qcow2");
+    qchainfs(&args!["overlay", "--quiesce", mounted.root(), &new]).ok();
+    // The kernel mounts no two file systems of one name at a time.
+    drop(inner);
+    drop(device);
+    let device = LoopDevice::attach(&mounted.path("chain/1/disk.raw"));
+    let frozen = FileSystem::mount(device.path(), "ro");
+    let found = fs::read_to_string(frozen.path("late")).expect("read it at the point in time");
+    assert_eq!(found, "written and not synced");
+    drop(frozen);
+    drop(device);
+    mounted.umount();
+    check(&new);
+}
+
+#[test]
+fn an_active_layer_that_was_moved_gets_no_overlay_that_would_name_another_file() {
+    let images = Images::new();
+    let image = images.create("disk.qcow2", 4 * M, "");
+    let mounted = Mounted::new(&image);
+    let (moved, new) = (images.path("moved.qcow2"), images.path("new.qcow2"));
+    fs::rename(&image, &moved).expect("move the image");
+    images.create("disk.qcow2", 4 * M, "");
+    let said = qchainfs(&args!["overlay", mounted.root(), &new]).fails(1);
+    assert!(said.contains("moved or replaced"), "{said}");
+    fs::remove_file(&image).expect("take the other away");
+    qchainfs(&args!["overlay", mounted.root(), &new]).fails(10);
+    assert!(!new.exists());
+    fs::rename(&moved, &image).expect("move it back");
+    qchainfs(&args!["overlay", mounted.root(), &new]).ok();
+    mounted.umount();
+    check(&new);
+}
+
+#[test]
+fn an_overlay_made_through_a_link_names_its_backing_file_rightly_from_both_sides() {
+    let images = Images::new();
+    let image = images.create("disk.qcow2", 4 * M, "");
+    paint(&image, &mut Random::new(304), 4 * M, 10);
+    fs::create_dir(images.path("elsewhere")).expect("make a directory");
+    let real = images.raw("elsewhere/real.qcow2", b"");
+    let link = images.path("link.qcow2");
+    symlink(&real, &link).expect("make a link");
+    qchainfs(&args!["overlay", "--force", &image, &link]).ok();
+    for name in [&real, &link] {
+        same("an overlay", &bytes_of(&image), &bytes_of(name));
+    }
 }
 
 #[test]
