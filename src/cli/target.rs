@@ -2,9 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
+use nix::unistd::geteuid;
+
 use crate::control::{Client, Command};
 use crate::error::{At, Doing, Error, Problem, Result};
-use crate::mount::{control_socket, our_mount, our_mounts};
+use crate::mount::{MountEntry, control_socket, our_mount, our_mounts};
 use crate::store::FileId;
 
 /// An image file or a mount.
@@ -38,7 +40,9 @@ impl Target {
 /// The live mount that has `image` as its active layer and writes it.
 fn writer_of(image: &Path) -> Option<Client> {
     let wanted = FileId::of(image)?;
-    our_mounts().iter().filter_map(control_socket).find_map(|socket| {
+    // What another user's mount says of an image could be a lie, and what we asked for would not be done.
+    let own = |mount: &&MountEntry| mount.owner() == Some(geteuid().as_raw());
+    our_mounts().iter().filter(own).filter_map(control_socket).find_map(|socket| {
         // A mount that does not answer has nothing to say about other people's images.
         let mut client = Client::connect(&socket).ok()?;
         let nodes = client.execute(&Command::QueryNodes).ok()?;

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use nix::unistd::geteuid;
 use rustix::net::sockopt::socket_peercred;
@@ -23,6 +24,8 @@ use crate::error::{Doing, Result};
 
 /// The longest request in bytes.
 const MAX_REQUEST: u64 = 1 << 20;
+/// Rest after a client that could not be let in.
+const AFTER_FAILURE: Duration = Duration::from_millis(100);
 /// Clients at once: each costs a thread.
 const MAX_CLIENTS: usize = 64;
 
@@ -128,6 +131,8 @@ impl Shared {
             }
             if let Err(error) = client.and_then(|client| self.welcome(client)) {
                 log::warn!("control socket: {error}");
+                // Where descriptors or threads have run out the next try fails at once, too.
+                thread::sleep(AFTER_FAILURE);
             }
         }
     }

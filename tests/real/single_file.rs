@@ -11,7 +11,7 @@ use nix::unistd::{Whence, lseek};
 use crate::support::images::{Images, Untouched, check, io, paint, snapshot};
 use crate::support::loopdev::{FileSystem, LoopDevice};
 use crate::support::mounted::{Mounted, is_running, mount_line};
-use crate::support::mounted_file::{MountedFile, state_of};
+use crate::support::mounted_file::{MountedFile, names, state_of};
 use crate::support::oracle::{bytes_of, bytes_of_snapshot, holds, same};
 use crate::support::random::Random;
 use crate::support::tools::{args, qchainfs, run};
@@ -246,6 +246,7 @@ fn the_state_of_a_mount_on_a_directory_is_there_as_long_as_it_is() {
     assert!(text.contains(&mounted.daemon().to_string()), "{text}");
     assert!(text.contains(&image.display().to_string()), "{text}");
     assert_eq!(fs::metadata(&state).expect("stat").permissions().mode() & 0o777, 0o600);
+    let daemon = mounted.daemon();
     mounted.umount();
-    assert!(!state.exists());
+    assert!(!names(&state, daemon));
 }

@@ -74,7 +74,9 @@ impl MountedFile {
     pub fn umount(self) {
         qchainfs(&args!["umount", self.file]).ok();
         assert!(!is_running(self.daemon), "umount did not wait for the daemon");
-        assert!(!self.state.exists(), "{} is left", self.state.display());
+        // Another mount may have got the number, and the file with it.
+        let left = names(&self.state, self.daemon);
+        assert!(!left, "{} is left", self.state.display());
         self.is_over();
     }
 
@@ -113,6 +115,13 @@ pub fn state_of(root: &Path) -> PathBuf {
     let device = fs::metadata(root).expect("stat").dev();
     let (major, minor) = (nix::sys::stat::major(device), nix::sys::stat::minor(device));
     PathBuf::from(format!("/run/qchainfs/{major}-{minor}.json"))
+}
+
+/// Whether the file `state` is there and is that of `daemon`.
+pub fn names(state: &Path, daemon: Pid) -> bool {
+    let text = fs::read(state).unwrap_or_default();
+    let value: Value = serde_json::from_slice(&text).unwrap_or_default();
+    value["pid"].as_i64() == Some(daemon.as_raw().into())
 }
 
 fn pid_in(state: &Path) -> Pid {
