@@ -6,21 +6,13 @@
 //! a request and the return from it.
 //!
 //! No rest is longer than [`REST`]: whatever the threads at work are blocked by, somebody comes back for the next request.
-//!
-//! A thread that is alone with a reader who asks again at once looks for the next request for a moment ([`WATCH`]) before it
-//! sleeps: to be woken takes longer than most answers.
 
 use std::cell::Cell;
-use std::os::fd::OwnedFd;
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-
 /// Longest time off.
 const REST: Duration = Duration::from_millis(20);
-/// Longest look for the next request without sleep.
-const WATCH: Duration = Duration::from_micros(50);
 /// A thread that found its next request sooner did not have to sleep for it.
 const NO_WAIT: Duration = Duration::from_micros(4);
 /// An answer that took longer has probably waited for a disk.
@@ -33,8 +25,6 @@ const AGREEING: u32 = 8;
 /// The threads of a session.
 pub(super) struct Crew {
     processors: usize,
-    /// The kernel's queue of requests, which all threads share.
-    queue: OwnedFd,
     state: Mutex<State>,
     recalled: Condvar,
 }
@@ -52,7 +42,7 @@ struct State {
 }
 
 thread_local! {
-    static OWN: Cell<Habits> = const { Cell::new(Habits { done: None, waits: 0, no_waits: 0, near: 0, quick: 0 }) };
+    static OWN: Cell<Habits> = const { Cell::new(Habits { done: None, waits: 0, no_waits: 0, quick: 0 }) };
 }
 
 /// What one thread has met with lately, each in a row.
@@ -64,8 +54,6 @@ struct Habits {
     waits: u32,
     /// Requests that were there already.
     no_waits: u32,
-    /// Requests that came soon enough to watch for them.
-    near: u32,
     /// Requests that were answered at once.
     quick: u32,
 }
@@ -74,7 +62,6 @@ struct Habits {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Next {
     Wait,
-    Watch,
     WaitAndRecall,
     Rest,
 }
@@ -88,9 +75,8 @@ pub(super) struct Turn<'a> {
 
 impl Crew {
     /// A crew on so many processors.
-    pub fn new(processors: usize, queue: OwnedFd) -> Self {
-        let (state, recalled) = (Mutex::default(), Condvar::new());
-        Self { processors: processors.max(1), queue, state, recalled }
+    pub fn new(processors: usize) -> Self {
+        Self { processors: processors.max(1), state: Mutex::default(), recalled: Condvar::new() }
     }
 
     /// The calling thread begins to answer a request that moves `bytes` bytes.
@@ -101,8 +87,6 @@ impl Crew {
         state.answering += 1;
         if let Some(done) = own.done {
             state.waiting = state.waiting.saturating_sub(1);
-            let near = begun - done <= WATCH + moving(bytes);
-            own.near = if near { own.near.saturating_add(1) } else { 0 };
             if begun - done <= NO_WAIT + moving(bytes) {
                 (own.waits, own.no_waits) = (0, own.no_waits.saturating_add(1));
             } else {
@@ -112,19 +96,6 @@ impl Crew {
         drop(state);
         OWN.set(own);
         Turn { crew: self, begun, bytes }
-    }
-
-    /// Whether a request comes within [`WATCH`].
-    fn watch(&self) -> bool {
-        let end = Instant::now() + WATCH;
-        loop {
-            let mut queue = [PollFd::new(&self.queue, PollFlags::IN)];
-            // What goes wrong here goes wrong for whoever reads the request, too.
-            let nothing_there = poll(&mut queue, Some(&Timespec::default())) == Ok(0);
-            if !nothing_there || Instant::now() >= end {
-                return !nothing_there;
-            }
-        }
     }
 
     fn rest(&self) {
@@ -159,29 +130,23 @@ impl Drop for Turn<'_> {
         let next = own.next(&state, self.crew.processors);
         match next {
             Next::Rest => {}
-            Next::Wait | Next::Watch | Next::WaitAndRecall => state.waiting += 1,
+            Next::Wait | Next::WaitAndRecall => state.waiting += 1,
         }
         if next == Next::WaitAndRecall {
             state.recalled += 1;
             own.no_waits = 0;
         }
         drop(state);
-        own.done = Some(Instant::now());
         match next {
             Next::Wait => {}
-            Next::Watch => {
-                if !self.crew.watch() {
-                    own.near = 0;
-                }
-            }
             Next::WaitAndRecall => self.crew.recalled.notify_one(),
             Next::Rest => {
                 self.crew.rest();
                 // Unless it is needed now, it rests again after the first request that it gets.
                 own.no_waits = 0;
-                own.done = Some(Instant::now());
             }
         }
+        own.done = Some(Instant::now());
         OWN.set(own);
     }
 }
@@ -198,9 +163,7 @@ impl Habits {
         if help && at_work < processors && others.resting > others.recalled {
             return Next::WaitAndRecall;
         }
-        // Who waits beside it would be woken all the same, and on one processor it would be in the reader's way.
-        let alone = others.waiting == 0 && others.answering == 0;
-        if alone && processors > 1 && self.near >= AGREEING { Next::Watch } else { Next::Wait }
+        Next::Wait
     }
 }
 
@@ -213,7 +176,7 @@ mod tests {
     use super::*;
 
     fn habits(waits: u32, no_waits: u32, quick: u32) -> Habits {
-        Habits { done: None, waits, no_waits, near: 0, quick }
+        Habits { done: None, waits, no_waits, quick }
     }
 
     fn state(answering: usize, waiting: usize, resting: usize) -> State {
@@ -240,27 +203,8 @@ mod tests {
     }
 
     #[test]
-    fn who_is_alone_with_a_quick_reader_watches_unless_there_is_one_processor() {
-        let quick = Habits { near: 8, ..habits(8, 0, 8) };
-        assert_eq!(quick.next(&state(0, 0, 3), 2), Next::Watch);
-        assert_eq!(quick.next(&state(0, 0, 3), 1), Next::Wait);
-        assert_eq!(quick.next(&state(1, 0, 2), 2), Next::Wait);
-        assert_eq!(habits(8, 0, 8).next(&state(0, 0, 3), 2), Next::Wait);
-    }
-
-    #[test]
-    fn a_watch_ends_with_a_request_or_without() {
-        let (queue, mut other) = std::os::unix::net::UnixStream::pair().unwrap();
-        let crew = Crew::new(2, queue.into());
-        assert!(!crew.watch());
-        std::io::Write::write_all(&mut other, b"request").unwrap();
-        assert!(crew.watch());
-    }
-
-    #[test]
     fn somebody_always_comes_back_though_all_others_are_blocked() {
-        let (queue, _other) = std::os::unix::net::UnixStream::pair().unwrap();
-        let crew = Crew::new(2, queue.into());
+        let crew = Crew::new(2);
         std::thread::scope(|scope| {
             let blocked = crew.turn(0);
             let rested = scope.spawn(|| crew.rest());

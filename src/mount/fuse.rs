@@ -5,7 +5,6 @@ use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::io;
 use std::num::NonZeroUsize;
-use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -47,14 +46,13 @@ pub(super) struct Fuse {
 }
 
 impl Fuse {
-    /// `queue` is the connection to the kernel.
-    pub fn new(tree: Arc<Tree>, queue: OwnedFd) -> Self {
+    pub fn new(tree: Arc<Tree>) -> Self {
         let processors = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
         Self {
             tree,
             listings: RwLock::default(),
             next_listing: AtomicU64::new(0),
-            crew: Crew::new(processors, queue),
+            crew: Crew::new(processors),
         }
     }
 

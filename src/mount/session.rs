@@ -90,10 +90,8 @@ impl Session {
         config.n_threads = Some(options.threads);
         config.clone_fd = may_clone();
         // The kernel itself keeps out whom it should; a loop device's requests come from root.
-        let fuse = connection.try_clone().and_then(|queue| {
-            let fuse = Fuse::new(tree.clone(), queue);
-            fuser::Session::from_fd(fuse, connection, SessionACL::All, config)
-        });
+        let fuse =
+            fuser::Session::from_fd(Fuse::new(tree.clone()), connection, SessionACL::All, config);
         match fuse.doing("talk to the kernel's FUSE").at(&options.mountpoint) {
             Ok(fuse) => {
                 let mountpoint = options.mountpoint.clone();
