@@ -1,12 +1,12 @@
-//! A new image on top of a live chain: an external snapshot of what was the active layer.
+//! A new image on top of a member of a live chain: an external snapshot of the active layer, or the way back to an older one.
 
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
 
+use super::Chain;
 use super::member::{Disk, Member};
-use super::{Chain, Format};
 use crate::error::{At, Doing, Error, Problem, Result};
 use crate::image::{Companions, CreateOptions, Image, NewImage, Nothing, Writability};
 use crate::qcow2::{Geometry, Version};
@@ -24,32 +24,38 @@ pub enum Existing {
     Replace,
 }
 
-/// A new, empty image that names the active layer of a chain as its backing file, and is not on top of it yet.
+/// A new, empty image that names a member of a chain as its backing file, and is not the active layer yet.
 pub struct Overlay {
     chain: Arc<Chain>,
+    /// Index of that member.
+    below: usize,
     top: Member,
 }
 
 impl Chain {
-    /// Makes the image `file` to go on top of the chain.
+    /// Makes the image `file`, to become the active layer with member `below` and all that it has below it.
     ///
     /// # Errors
-    /// A chain that can't be written; a file that is there, or is part of the chain; an encrypted active layer, whose
-    /// overlay would show what it hides; an active layer that has no name any more, or another. No file is ever removed: one that could not be finished stays.
-    pub fn prepare_overlay(self: &Arc<Self>, file: &Path, existing: Existing) -> Result<Overlay> {
-        let old = &self.members[0];
-        let image = self.active_image().filter(|image| image.is_writable());
-        let image = image.ok_or_else(|| Error::new(Problem::ReadOnly).at(old.path()))?;
-        if image.is_encrypted() {
+    /// [`Problem::NoSuchMember`]; a file that is there, or is part of the chain; an encrypted member, whose
+    /// overlay would show what it hides; a member that has no name any more, or another. No file is ever removed: one that could not be finished stays.
+    pub fn prepare_overlay(
+        self: &Arc<Self>,
+        below: usize,
+        file: &Path,
+        existing: Existing,
+    ) -> Result<Overlay> {
+        self.check_member(below)?;
+        let base = &self.members[below];
+        if base.image().is_some_and(Image::is_encrypted) {
             let feature =
                 "an overlay of an encrypted image: what is written to it would not be encrypted";
-            return Err(Error::unsupported(feature).at(old.path()));
+            return Err(Error::unsupported(feature).at(base.path()));
         }
         let options = CreateOptions {
-            size: image.size(),
+            size: base.size(),
             version: Version::V3,
             geometry: Geometry::new(GEOMETRY.0, GEOMETRY.1),
-            backing: Some((backing_name(old, file)?, Format::Qcow2.to_string())),
+            backing: Some((backing_name(base, file)?, base.format().to_string())),
         };
         let new = NewImage::plan(&options).at(file)?;
         let store = self.place_for(file, existing).at(file)?;
@@ -57,7 +63,8 @@ impl Chain {
         store.make_name_durable(file).doing("make its name durable").at(file)?;
         let image = Image::open_with(store.clone(), Writability::Writable, Companions::default());
         let disk = Disk::Qcow2(Box::new(image.at(file)?));
-        Ok(Overlay { chain: self.clone(), top: Member::new(file.to_path_buf(), None, store, disk) })
+        let top = Member::new(file.to_path_buf(), None, store, disk);
+        Ok(Overlay { chain: self.clone(), below, top })
     }
 
     /// An empty file for a new image, locked.
@@ -86,23 +93,24 @@ impl Chain {
 }
 
 impl Overlay {
-    /// Puts the new image on top. `switch` is called with the new chain at the point in time: all that was written before is
-    /// durable below, and nobody reads or writes the disk until it returns. Who waited there then is told
-    /// [`Problem::Retired`] and has to go to the new chain.
+    /// Makes the new image the active layer. `switch` is called with the new chain at the point in time: all that was
+    /// written before is durable, and nobody reads or writes the disk until it returns. Who waited there then is told
+    /// [`Problem::Retired`] and has to go to the new chain. Members above the one that it stands on are no part of that.
     ///
     /// # Errors
-    /// Those of a flush; of `switch`. The old chain then goes on.
+    /// [`Problem::ReadOnly`] for a chain that takes no writes; those of a flush; of `switch`. The old chain then goes on.
     pub fn put_on_top<T>(self, switch: impl FnOnce(Arc<Chain>) -> Result<T>) -> Result<T> {
-        let Self { chain, top } = self;
+        let Self { chain, below, top } = self;
         let old = &chain.members[0];
         let image = chain.active_image().ok_or_else(|| Error::new(Problem::ReadOnly))?;
         let still = image.hold_still().at(old.path())?;
-        let members = [Arc::new(top)].into_iter().chain(chain.members.iter().cloned()).collect();
-        let new = Arc::new(Chain::of_shared(members));
+        let members = [Arc::new(top)].into_iter().chain(chain.members[below..].iter().cloned());
+        let new = Arc::new(Chain::of_shared(members.collect()));
         // The disk may have grown since the image was made, and what was written there meanwhile has to show through. An
         // image that is empty and has nothing below hides nothing when it grows.
-        if let Some(top) = new.active_image().filter(|top| top.size() != image.size()) {
-            top.grow(&Nothing, image.size()).at(new.members[0].path())?;
+        let size = chain.members[below].size();
+        if let Some(top) = new.active_image().filter(|top| top.size() != size) {
+            top.grow(&Nothing, size).at(new.members[0].path())?;
         }
         let switched = switch(new)?;
         still.for_good();
@@ -157,7 +165,7 @@ mod tests {
         let disk = chain.view(0).unwrap();
 
         let file = directory.path().join("new.qcow2");
-        let overlay = chain.prepare_overlay(&file, Existing::Refuse).unwrap();
+        let overlay = chain.prepare_overlay(0, &file, Existing::Refuse).unwrap();
         disk.grow(new).unwrap();
         disk.write(GuestOffset::ZERO, &vec![7; new as usize]).unwrap();
         let chain = overlay.put_on_top(Ok).unwrap();

@@ -17,6 +17,7 @@ mod overlay;
 mod progress;
 mod report;
 mod resize;
+mod revert;
 mod size;
 mod snapshot;
 mod snapshot_words;
@@ -58,6 +59,7 @@ enum Verb {
     Create(create::Arguments),
     Resize(resize::Arguments),
     Overlay(overlay::Arguments),
+    Revert(revert::Arguments),
     Ls(ls::Arguments),
     Snapshot(snapshot::Arguments),
     #[command(name = "mount-helper", hide = true)]
@@ -101,6 +103,7 @@ pub fn run(arguments: impl Iterator<Item = OsString>) -> ExitCode {
         Verb::Create(arguments) => finish(create::run(&arguments)),
         Verb::Resize(arguments) => finish(resize::run(&arguments)),
         Verb::Overlay(arguments) => finish(overlay::run(&arguments)),
+        Verb::Revert(arguments) => finish(revert::run(&arguments)),
         Verb::Ls(arguments) => finish(ls::run(&arguments)),
         Verb::Snapshot(arguments) => finish(snapshot::run(&arguments)),
         Verb::MountHelper(arguments) => mount_helper::run(arguments),

@@ -73,7 +73,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
                 ..OpenOptions::default()
             };
             let chain = Arc::new(Chain::open(&image, &options)?);
-            chain.prepare_overlay(&new.file, new.existing)?;
+            chain.prepare_overlay(0, &new.file, new.existing)?;
             chain.close()?;
         }
     }

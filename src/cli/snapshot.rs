@@ -10,7 +10,7 @@ use serde_json::Value;
 use super::report::printable;
 use super::size::human;
 use super::snapshot_words::{columns_head, snapshot_line, snapshot_object, when};
-use super::target::Target;
+use super::target::{Target, members_of};
 use super::{Output, exit, logging, print};
 use crate::chain::{Chain, Depth, OpenOptions, Sharing, SnapshotChoice};
 use crate::control::{Client, Command, SnapshotName};
@@ -226,9 +226,8 @@ impl Change {
 
 /// The image that the mount writes.
 fn top_of(client: &mut Client) -> Result<PathBuf> {
-    let nodes = client.execute(&Command::QueryNodes)?;
-    let file = nodes[0]["file"].as_str().map(PathBuf::from);
-    file.ok_or_else(|| Error::usage("the mount does not say which image it shows"))
+    let top = members_of(client)?.into_iter().next();
+    top.ok_or_else(|| Error::usage("the mount does not say which image it shows"))
 }
 
 fn precisely(snapshot: &SnapshotTree) -> SnapshotName {

@@ -52,6 +52,16 @@ fn writer_of(image: &Path) -> Option<Client> {
     })
 }
 
+/// The files of the chain that a mount shows, the active layer first.
+///
+/// # Errors
+/// A mount that does not answer.
+pub fn members_of(client: &mut Client) -> Result<Vec<PathBuf>> {
+    let nodes = client.execute(&Command::QueryNodes)?;
+    let files = nodes.as_array().into_iter().flatten();
+    Ok(files.filter_map(|node| node["file"].as_str().map(PathBuf::from)).collect())
+}
+
 /// `path` for a process that has another directory.
 pub fn absolute(path: &Path) -> Result<PathBuf> {
     std::path::absolute(path).doing("find out the current directory").at(path)

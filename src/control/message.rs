@@ -32,6 +32,8 @@ pub enum Command {
     ApplySnapshot(SnapshotName),
     /// `blockdev-snapshot-sync`: puts a new image on top of the chain.
     Overlay(NewOverlay),
+    /// `x-qchainfs-revert`: puts a new image on top of an older member. QEMU has no such command.
+    Revert(Revert),
     /// `block_resize`: makes the disk larger.
     Resize {
         /// The new size in bytes.
@@ -57,6 +59,17 @@ pub struct NewOverlay {
     pub existing: Existing,
     /// Whether file systems on the disk are frozen meanwhile.
     pub quiesce: Quiesce,
+}
+
+/// The member that a chain is to go back to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Revert {
+    /// Its file, as [`Command::QueryNodes`] says it. Not its index, which may be another one by now.
+    pub member: PathBuf,
+    /// The file of the image on top of it, absolute.
+    pub file: PathBuf,
+    /// What happens to a file that is there.
+    pub existing: Existing,
 }
 
 /// Whether mounted file systems hold still while the disk changes hands.
@@ -110,7 +123,7 @@ impl Request {
 }
 
 /// The commands of a [`Command`] by their names on the wire.
-pub(super) const COMMANDS: [&str; 7] = [
+pub(super) const COMMANDS: [&str; 8] = [
     "query-named-block-nodes",
     "query-block",
     "blockdev-snapshot-internal-sync",
@@ -118,6 +131,7 @@ pub(super) const COMMANDS: [&str; 7] = [
     "blockdev-snapshot-sync",
     "block_resize",
     "x-qchainfs-snapshot-apply",
+    "x-qchainfs-revert",
 ];
 
 impl Command {
@@ -142,6 +156,7 @@ impl Command {
             }
             "x-qchainfs-snapshot-apply" => Self::ApplySnapshot(ChoiceArguments::read(arguments)?),
             "blockdev-snapshot-sync" => Self::Overlay(OverlayArguments::read(arguments)?),
+            "x-qchainfs-revert" => Self::Revert(RevertArguments::read(arguments)?),
             "block_resize" => {
                 let ResizeArguments { device, node_name, size } = read(arguments)?;
                 check_active(device.as_deref(), node_name.as_deref())?;
@@ -188,6 +203,15 @@ impl Command {
                     "x-qchainfs-quiesce": *quiesce == Quiesce::Yes,
                 }),
             ),
+            Self::Revert(Revert { member, file, existing }) => (
+                "x-qchainfs-revert",
+                json!({
+                    "device": DEVICE,
+                    "member-file": utf8(member)?,
+                    "snapshot-file": utf8(file)?,
+                    "force": *existing == Existing::Replace,
+                }),
+            ),
             Self::Resize { size } => ("block_resize", json!({ "device": DEVICE, "size": size })),
         })
     }
@@ -200,6 +224,7 @@ impl Command {
             | Self::DeleteSnapshot(_)
             | Self::ApplySnapshot(_)
             | Self::Overlay(_)
+            | Self::Revert(_)
             | Self::Resize { .. } => false,
         }
     }
@@ -276,16 +301,45 @@ impl OverlayArguments {
         if mode.is_some_and(|mode| mode != "absolute-paths") {
             return Err(Refusal::Wrong("the only mode is absolute-paths".to_owned()));
         }
-        if !file.is_absolute() {
-            let text = "snapshot-file must be absolute: the mount has a directory of its own";
-            return Err(Refusal::Wrong(text.to_owned()));
-        }
+        check_absolute(&file)?;
         Ok(NewOverlay {
             file,
-            existing: if force { Existing::Replace } else { Existing::Refuse },
+            existing: existing(force),
             quiesce: if quiesce { Quiesce::Yes } else { Quiesce::No },
         })
     }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct RevertArguments {
+    device: String,
+    member_file: PathBuf,
+    snapshot_file: PathBuf,
+    #[serde(default)]
+    force: bool,
+}
+
+impl RevertArguments {
+    fn read(arguments: Map<String, Value>) -> Result<Revert, Refusal> {
+        let Self { device, member_file: member, snapshot_file: file, force } = read(arguments)?;
+        check_device(&device)?;
+        check_absolute(&file)?;
+        Ok(Revert { member, file, existing: existing(force) })
+    }
+}
+
+fn check_absolute(file: &Path) -> Result<(), Refusal> {
+    match file.is_absolute() {
+        true => Ok(()),
+        false => Err(Refusal::Wrong(
+            "snapshot-file must be absolute: the mount has a directory of its own".to_owned(),
+        )),
+    }
+}
+
+fn existing(force: bool) -> Existing {
+    if force { Existing::Replace } else { Existing::Refuse }
 }
 
 #[derive(Deserialize)]
@@ -409,6 +463,11 @@ mod tests {
                 file: "/a/b.qcow2".into(),
                 existing: Existing::Replace,
                 quiesce: Quiesce::Yes,
+            }),
+            Command::Revert(Revert {
+                member: "/a/base.raw".into(),
+                file: "/a/b.qcow2".into(),
+                existing: Existing::Refuse,
             }),
             Command::Resize { size: 1 << 40 },
         ] {

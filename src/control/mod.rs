@@ -8,5 +8,5 @@ mod message;
 mod server;
 
 pub use client::Client;
-pub use message::{Command, DEVICE, NODE_PREFIX, NewOverlay, Quiesce, SnapshotName};
+pub use message::{Command, DEVICE, NODE_PREFIX, NewOverlay, Quiesce, Revert, SnapshotName};
 pub use server::{Server, Target};

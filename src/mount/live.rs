@@ -1,6 +1,6 @@
 //! What clients of the control socket ask of a mount.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde_json::{Value, json};
@@ -9,7 +9,7 @@ use super::quiesce::Frozen;
 use super::stacked::lies_on;
 use super::tree::{Changed, Outdated, Tree};
 use crate::chain::{Chain, Member};
-use crate::control::{Command, DEVICE, NODE_PREFIX, NewOverlay, Quiesce, Target};
+use crate::control::{Command, DEVICE, NODE_PREFIX, NewOverlay, Quiesce, Revert, Target};
 use crate::error::{Error, Result};
 use crate::image::SnapshotTree;
 
@@ -38,12 +38,7 @@ impl Live {
     }
 
     fn overlay(&self, new: &NewOverlay) -> Result<Value> {
-        if lies_on(&new.file, &self.mountpoint) {
-            return Err(Error::usage(format!(
-                "{} lies on a file system that is on this very disk: neither could be written without the other",
-                new.file.display()
-            )));
-        }
+        self.refuse_on_this_disk(&new.file)?;
         let frozen = match new.quiesce {
             Quiesce::No => None,
             Quiesce::Yes => Some(Frozen::all_on(&self.mountpoint)?),
@@ -53,6 +48,16 @@ impl Live {
         drop(frozen);
         self.tell(changed?);
         Ok(json!({}))
+    }
+
+    fn refuse_on_this_disk(&self, new: &Path) -> Result<()> {
+        match lies_on(new, &self.mountpoint) {
+            false => Ok(()),
+            true => Err(Error::usage(format!(
+                "{} lies on a file system that is on this very disk: neither could be written without the other",
+                new.display()
+            ))),
+        }
     }
 }
 
@@ -83,6 +88,11 @@ impl Target for Live {
                 Ok(snapshot_info(&applied))
             }
             Command::Overlay(new) => self.overlay(new),
+            Command::Revert(Revert { member, file, existing }) => {
+                self.refuse_on_this_disk(file)?;
+                self.tell(self.tree.revert(member, file, *existing, &self.mountpoint)?);
+                Ok(json!({}))
+            }
             Command::Resize { size } => {
                 self.tree.grow(*size)?;
                 Ok(json!({}))

@@ -1,4 +1,4 @@
-//! `snapshot` on a live mount, alone and in random turns with overlays and remounts.
+//! `snapshot` on a live mount, alone and in random turns with overlays, reverts and remounts.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -136,6 +136,8 @@ struct Model<'a> {
     mounted: Option<Mounted>,
     /// Files of the chain, the top first, each with its snapshots and, but for the top, what it holds.
     members: Vec<Member>,
+    /// Members that a revert took out of the chain.
+    left: Vec<Member>,
     disk: Vec<u8>,
     made: u64,
 }
@@ -158,7 +160,7 @@ impl Model<'_> {
 
     fn step(&mut self) -> String {
         let root = self.mounted().root().to_path_buf();
-        match self.random.below(9) {
+        match self.random.below(10) {
             0..=2 => {
                 let disk = File::options().write(true).open(self.mounted().disk()).expect("open");
                 for _ in 0..self.random.below(6) + 1 {
@@ -203,14 +205,35 @@ impl Model<'_> {
                 self.members.insert(0, top);
                 format!("overlay {name}")
             }
+            8 => {
+                let below = 1 + index(self.random.below(self.members.len() as u64 - 1));
+                let name = self.new_name("revert") + ".qcow2";
+                let file = self.images.path(&name);
+                qchainfs(&args!["revert", &root, format!("[{below}]"), &file]).ok();
+                self.members[0].holds = self.disk.clone();
+                self.disk = self.members[below].holds.clone();
+                let top = Member { file, snapshots: BTreeMap::new(), holds: Vec::new() };
+                self.left.extend(self.members.splice(..below, [top]));
+                format!("revert to {below}")
+            }
             _ => {
                 self.mounted.take().expect("it is mounted").umount();
-                for member in &self.members {
-                    check(&member.file);
-                }
+                self.check_files();
                 same("the image at rest", &self.disk, &bytes_of(&self.members[0].file));
                 self.mounted = Some(Mounted::new(&self.members[0].file));
                 "remount".to_owned()
+            }
+        }
+    }
+
+    fn check_files(&self) {
+        for member in self.members.iter().chain(&self.left) {
+            check(&member.file);
+        }
+        for member in &self.left {
+            same("an image that was left", &member.holds, &bytes_of(&member.file));
+            for (name, bytes) in &member.snapshots {
+                same("its snapshot", bytes, &bytes_of_snapshot(&member.file, name));
             }
         }
     }
@@ -241,7 +264,7 @@ impl Model<'_> {
 }
 
 #[test]
-fn random_turns_of_writes_snapshots_overlays_and_mounts_keep_every_view() {
+fn random_turns_of_writes_snapshots_overlays_reverts_and_mounts_keep_every_view() {
     for seed in seeds(4) {
         let images = Images::new();
         let mut random = Random::new(seed);
@@ -266,17 +289,16 @@ fn random_turns_of_writes_snapshots_overlays_and_mounts_keep_every_view() {
             disk: bytes_of(&top),
             members: vec![member(&top), member(&base)],
             mounted: Some(Mounted::new(&top)),
+            left: Vec::new(),
             made: 0,
         };
         let mut steps = Vec::new();
-        for _ in 0..25 {
+        for _ in 0..28 {
             steps.push(model.step());
             eprintln!("seed {seed}: {}", steps.join(", "));
             model.every_view_holds_what_it_must();
         }
         model.mounted.take().expect("it is mounted").umount();
-        for member in &model.members {
-            check(&member.file);
-        }
+        model.check_files();
     }
 }

@@ -39,6 +39,7 @@ mod preserved;
 mod reading;
 mod refusals;
 mod reverse;
+mod revert;
 mod single_file;
 mod sizes;
 mod snapshot_oddities;

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard, PoisonError};
 
+use super::handles::NoWriters;
 use super::{Outdated, Tree, What};
 use crate::chain::{Chain, Existing, View};
 use crate::control::SnapshotName;
@@ -68,11 +69,7 @@ impl Tree {
         let image = writable(&chain)?;
         let path = chain.members()[0].path();
         let value = find(image, choice).at(path)?;
-        // Who writes relies on what he has read: it must not change under him.
-        let Some(no_writers) = self.handles.keep_writers_out() else {
-            let holders = holders(mountpoint);
-            return Err(Error::new(Problem::Busy { holders }).at(path));
-        };
+        let no_writers = self.keep_writers_out(&chain, mountpoint)?;
         let applied = image.apply_snapshot(&value.entry().id).at(path);
         drop(no_writers);
         self.writes.fetch_add(1, Ordering::AcqRel);
@@ -90,9 +87,49 @@ impl Tree {
         let _change = self.change();
         let chain = self.chain();
         writable(&chain)?;
-        let overlay = chain.prepare_overlay(file, existing)?;
+        let overlay = chain.prepare_overlay(0, file, existing)?;
         let outdated = overlay.put_on_top(|chain| self.show(chain.view(0)?, None))?;
         Ok(Changed { value: (), outdated })
+    }
+
+    /// Takes the disk back to the member whose file the chain knows as `member`: the new image `file` goes on top of it,
+    /// and the images above it are no longer part of the chain. Their files stay as they are.
+    ///
+    /// # Errors
+    /// [`Problem::NoSuchMember`], also for the active layer; [`Problem::Busy`] while somebody could write to the disk;
+    /// as [`Tree::overlay`].
+    pub fn revert(
+        &self,
+        member: &Path,
+        file: &Path,
+        existing: Existing,
+        mountpoint: &Path,
+    ) -> Result<Changed<()>> {
+        let _change = self.change();
+        let chain = self.chain();
+        writable(&chain)?;
+        let mut below = chain.members().iter().skip(1);
+        let Some(below) = below.position(|below| below.path() == member) else {
+            let (wanted, count) = (member.display().to_string(), chain.members().len());
+            let error = Error::new(Problem::NoSuchMember { wanted, count });
+            return Err(error.at(chain.members()[0].path()));
+        };
+        let _no_writers = self.keep_writers_out(&chain, mountpoint)?;
+        let overlay = chain.prepare_overlay(below + 1, file, existing)?;
+        let switched = overlay.put_on_top(|chain| self.show(chain.view(0)?, None));
+        self.writes.fetch_add(1, Ordering::AcqRel);
+        let mut outdated = switched?;
+        outdated.extend(self.active_disks());
+        Ok(Changed { value: (), outdated })
+    }
+
+    /// Nobody writes to the disk while what this returns lives. Who writes relies on what he has read, and it must not
+    /// become something else under him.
+    fn keep_writers_out(&self, chain: &Chain, mountpoint: &Path) -> Result<NoWriters<'_>> {
+        self.handles.keep_writers_out().ok_or_else(|| {
+            let holders = holders(mountpoint);
+            Error::new(Problem::Busy { holders }).at(chain.members()[0].path())
+        })
     }
 
     fn change(&self) -> MutexGuard<'_, ()> {
