@@ -15,6 +15,7 @@ mod kind_cuts;
 mod kinds;
 mod long_cuts;
 mod model;
+mod overlay_cuts;
 mod power_cuts;
 mod qemu;
 mod regressions;
