@@ -12,7 +12,7 @@ use std::thread;
 
 use qchainfs::chain::{Chain, OpenOptions};
 use qchainfs::error::{Error, Result};
-use qchainfs::image::{CreateOptions, NewImage, Writability};
+use qchainfs::image::{CreateOptions, NewBacking, NewImage, Writability};
 use qchainfs::mount::{
     Audience, DiscardMode, Growth, MountOptions, Ownership, Session, TreeOptions,
 };
@@ -68,7 +68,11 @@ fn create(path: &Path, size: u64, backing: Option<&str>) -> Result<()> {
         size,
         version: Version::V3,
         geometry: Geometry::new(16, 4),
-        backing: backing.map(|name| (name.as_bytes().to_vec(), "qcow2".to_owned())),
+        backing: backing.map(|name| NewBacking {
+            name: name.as_bytes().to_vec(),
+            format: "qcow2".to_owned(),
+            record: None,
+        }),
     };
     NewImage::plan(&options)?.write(&FileStore::create_new(path)?)
 }

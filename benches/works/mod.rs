@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use qchainfs::chain::{Chain, OpenOptions, View};
-use qchainfs::image::{CreateOptions, NewImage, Writability};
+use qchainfs::image::{CreateOptions, NewBacking, NewImage, Writability};
 use qchainfs::qcow2::{Geometry, Version};
 use qchainfs::store::FileStore;
 use qchainfs::units::{GuestOffset, GuestRange};
@@ -98,8 +98,11 @@ fn place(number: u64) -> GuestOffset {
 }
 
 fn create(image: &Path, size: u64, backing: Option<&Path>) -> Result<()> {
-    let backing =
-        backing.map(|base| (base.as_os_str().as_encoded_bytes().to_vec(), "qcow2".into()));
+    let backing = backing.map(|base| NewBacking {
+        name: base.as_os_str().as_encoded_bytes().to_vec(),
+        format: "qcow2".into(),
+        record: None,
+    });
     let geometry = Geometry::new(CLUSTER.trailing_zeros(), 4);
     let options = CreateOptions { size, version: Version::V3, geometry, backing };
     Ok(NewImage::plan(&options)?.write(&FileStore::create_new(image)?)?)

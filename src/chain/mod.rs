@@ -2,6 +2,7 @@
 
 mod address;
 mod backing_name;
+mod base_record;
 mod compose;
 mod diff;
 mod extents;
@@ -16,6 +17,7 @@ mod view;
 
 pub use address::{Address, MemberChoice, SnapshotChoice};
 pub use backing_name::{BackingName, resolve as resolve_backing_name};
+pub use base_record::Closeness;
 pub use compose::Layer;
 pub use diff::Differences;
 pub use extents::Extent;

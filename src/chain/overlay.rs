@@ -6,9 +6,10 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::Chain;
+use super::base_record::stamp;
 use super::member::{Disk, Member};
 use crate::error::{At, Doing, Error, Problem, Result};
-use crate::image::{Companions, CreateOptions, Image, NewImage, Nothing, Writability};
+use crate::image::{Companions, CreateOptions, Image, NewBacking, NewImage, Nothing, Writability};
 use crate::qcow2::{Geometry, Version};
 use crate::store::{Access, FileId, FileStore, LockMode};
 
@@ -55,7 +56,11 @@ impl Chain {
             size: base.size(),
             version: Version::V3,
             geometry: Geometry::new(GEOMETRY.0, GEOMETRY.1),
-            backing: Some((backing_name(base, file)?, base.format().to_string())),
+            backing: Some(NewBacking {
+                name: backing_name(base, file)?,
+                format: base.format().to_string(),
+                record: Some(stamp(base)?),
+            }),
         };
         let new = NewImage::plan(&options).at(file)?;
         let store = self.place_for(file, existing).at(file)?;
@@ -112,9 +117,14 @@ impl Overlay {
         if let Some(top) = new.active_image().filter(|top| top.size() != size) {
             top.grow(&Nothing, size).at(new.members[0].path())?;
         }
-        let switched = switch(new)?;
+        let switched = switch(new.clone())?;
         still.for_good();
         old.store().lock_for_reading_only();
+        // What the new image remembers of the old one was true when it was made; since then that was written.
+        let recorded = stamp(&new.members[1]).and_then(|record| new.record_base(&record));
+        if let Err(error) = recorded {
+            log::warn!("{error}");
+        }
         Ok(switched)
     }
 }

@@ -242,7 +242,7 @@ mod tests {
     use super::*;
     use crate::chain::OpenOptions;
     use crate::image::tests::waiting::wait_for_requests;
-    use crate::image::{CreateOptions, NewImage, Writability};
+    use crate::image::{CreateOptions, NewBacking, NewImage, Writability};
     use crate::qcow2::{Geometry, Version};
     use crate::store::memory::MemoryStore;
 
@@ -259,7 +259,11 @@ mod tests {
             size: OLD,
             version: Version::V3,
             geometry: Geometry::new(12, 4),
-            backing: Some((b"base.raw".to_vec(), "raw".into())),
+            backing: Some(NewBacking {
+                name: b"base.raw".to_vec(),
+                format: "raw".into(),
+                record: None,
+            }),
         };
         NewImage::plan(&options).unwrap().write(&store).unwrap();
         let top = directory.join("top.qcow2");

@@ -4,14 +4,13 @@ use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
 
 use super::{exit, logging, size};
-use crate::chain::{Chain, Depth, Format, OpenOptions, RawDisk, Sharing, resolve_backing_name};
+use crate::chain::{Chain, Depth, Format, Layer, OpenOptions, Sharing, resolve_backing_name};
 use crate::error::{At, Error, Problem, Result};
-use crate::image::{CreateOptions, NewImage};
-use crate::qcow2::{Geometry, L2Form, Version};
-use crate::store::{Access, FileStore, Store};
+use crate::image::{CreateOptions, NewBacking, NewImage};
+use crate::qcow2::{BaseRecord, Geometry, L2Form, Version};
+use crate::store::FileStore;
 
 /// Make a new, empty image, or an overlay on another
 #[derive(clap::Args)]
@@ -56,17 +55,22 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
         (None, Some(_)) => return Err(Error::usage("-F goes with -b")),
         (None, None) => None,
     };
-    let size = match (&wanted.size, &backing) {
+    let found = match &backing {
+        Some((name, format)) => Some(look_at_backing(&arguments.image, name, *format)?),
+        None => None,
+    };
+    let size = match (&wanted.size, &found) {
         (Some(text), _) => size::parse(text)?,
-        (None, Some((name, format))) => backing_size(&arguments.image, name, *format)?,
+        (None, Some(found)) => found.size,
         (None, None) => {
             return Err(Error::usage("a new image without a backing file needs a size"));
         }
     };
-    if let (Some(_), Some((name, format))) = (&wanted.size, &backing) {
-        backing_size(&arguments.image, name, *format)?;
-    }
-    let backing = backing.map(|(name, format)| (name, format.to_string()));
+    let backing = backing.map(|(name, format)| NewBacking {
+        name,
+        format: format.to_string(),
+        record: found.and_then(|found| found.record),
+    });
     let options = CreateOptions { size, version: wanted.version, geometry, backing };
 
     let new = NewImage::plan(&options).at(&arguments.image)?;
@@ -148,25 +152,25 @@ impl Wanted {
     }
 }
 
-/// The virtual size of the backing file, which must be there and be what the user says it is.
-fn backing_size(image: &Path, name: &[u8], format: Format) -> Result<u64> {
+/// What is to be known of a backing file.
+struct Found {
+    /// Virtual size in bytes.
+    size: u64,
+    record: Option<BaseRecord>,
+}
+
+/// Looks at the backing file, which must be there and be what the user says it is.
+fn look_at_backing(image: &Path, name: &[u8], format: Format) -> Result<Found> {
     let path = resolve_backing_name(image, name).at(image)?.path;
-    match format {
+    // What it names in turn is looked at when the new image is opened, under the policy of that moment.
+    let options =
+        OpenOptions { depth: Depth::TopOnly, sharing: Sharing::Forced, ..OpenOptions::default() };
+    let chain = match format {
         Format::Raw => {
-            let store: Arc<dyn Store> =
-                Arc::new(FileStore::open(&path, Access::ReadOnly).at(&path)?);
-            Ok(RawDisk::open(&*store).at(&path)?.size())
+            Chain::compose(&[Layer { path: path.clone(), format: Some(format) }], &options)?
         }
-        Format::Qcow2 => {
-            // What it names in turn is looked at when the new image is opened, under the policy of that moment.
-            let options = OpenOptions {
-                depth: Depth::TopOnly,
-                sharing: Sharing::Forced,
-                ..OpenOptions::default()
-            };
-            let chain = Chain::open(&path, &options)?;
-            let top = chain.members().first();
-            top.map(|top| top.size()).ok_or_else(|| Error::new(Problem::NotFound).at(&path))
-        }
-    }
+        Format::Qcow2 => Chain::open(&path, &options)?,
+    };
+    let base = chain.members().first().ok_or_else(|| Error::new(Problem::NotFound).at(&path))?;
+    Ok(Found { size: base.size(), record: chain.stamp_of_top()? })
 }

@@ -18,6 +18,7 @@ mod progress;
 mod report;
 mod resize;
 mod revert;
+mod seal;
 mod size;
 mod snapshot;
 mod snapshot_words;
@@ -60,6 +61,7 @@ enum Verb {
     Resize(resize::Arguments),
     Overlay(overlay::Arguments),
     Revert(revert::Arguments),
+    Seal(seal::Arguments),
     Ls(ls::Arguments),
     Snapshot(snapshot::Arguments),
     #[command(name = "mount-helper", hide = true)]
@@ -104,6 +106,7 @@ pub fn run(arguments: impl Iterator<Item = OsString>) -> ExitCode {
         Verb::Resize(arguments) => finish(resize::run(&arguments)),
         Verb::Overlay(arguments) => finish(overlay::run(&arguments)),
         Verb::Revert(arguments) => finish(revert::run(&arguments)),
+        Verb::Seal(arguments) => finish(seal::run(&arguments)),
         Verb::Ls(arguments) => finish(ls::run(&arguments)),
         Verb::Snapshot(arguments) => finish(snapshot::run(&arguments)),
         Verb::MountHelper(arguments) => mount_helper::run(arguments),

@@ -11,7 +11,7 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::unistd::{getegid, geteuid};
 
 use super::background::{self, Role};
-use super::mount_options::{HELP, Options, Unknown};
+use super::mount_options::{ChangedBases, HELP, Options, Unknown};
 use super::views::{ChainArgument, is_top, not_the_top};
 use super::{exit, logging};
 use crate::chain::{Address, Chain, Layer, MemberChoice, OpenOptions, View};
@@ -134,6 +134,7 @@ impl Plan {
         be_gentle_to_memory();
         // Until here a signal simply ends the program: nothing is mounted and nothing written.
         let (root, first_member) = self.open_root()?;
+        self.look_at_bases(root.chain())?;
         let signals = block_signals()?;
         let session = Session::mount(root, &self.mount_options(first_member))?;
         stop_on(signals, session.stop())?;
@@ -164,6 +165,21 @@ impl Plan {
             None => part.view(0)?,
         };
         Ok((root, index))
+    }
+
+    /// Backing files must not change, and who changed one should hear of it.
+    fn look_at_bases(&self, chain: &Chain) -> Result<()> {
+        // Whoever says himself what the chain is does not ask what headers remember.
+        if self.layers.is_some() {
+            return Ok(());
+        }
+        for changed in chain.changed_bases()? {
+            match self.options.changed_bases {
+                ChangedBases::Refuse => return Err(changed),
+                ChangedBases::Warn => log::warn!("{changed}"),
+            }
+        }
+        Ok(())
     }
 
     fn open_options(&self, writability: Writability) -> OpenOptions {

@@ -22,6 +22,8 @@ pub const HELP: &str = "Mount options, separated by commas:\n\
      backing_policy=allow:DIR  and files in or below DIR (repeatable)\n\
      backing_policy=any|deny   any file; none\n\
      discard=unmap|ignore      discards give host space back (default); not\n\
+     strict                    refuse a chain with a backing file that was\n\
+     \u{20}                         changed since its overlay was made\n\
      lock=on|off               take and heed image locks (default: on)\n\
      secret=FILE               key of encrypted images; or env:VARIABLE, or\n\
      \u{20}                         cred:NAME for a systemd credential\n\
@@ -51,12 +53,23 @@ pub struct Options {
     pub discard: DiscardMode,
     /// `lock=`.
     pub sharing: Sharing,
+    /// `strict`.
+    pub changed_bases: ChangedBases,
     /// `secret=`.
     pub secrets: Secrets,
     /// `threads=`.
     pub threads: Option<usize>,
     /// Flags for the kernel.
     pub flags: Vec<MountFlag>,
+}
+
+/// What to do with a backing file that is not as its overlay remembers it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ChangedBases {
+    /// Warn.
+    Warn,
+    /// Refuse the chain.
+    Refuse,
 }
 
 /// What to do with a word that is not known.
@@ -80,6 +93,7 @@ impl Default for Options {
             policy: BackingPolicy::default(),
             discard: DiscardMode::Unmap,
             sharing: Sharing::Locked,
+            changed_bases: ChangedBases::Warn,
             secrets: Secrets::default(),
             threads: None,
             flags: Vec::new(),
@@ -114,6 +128,7 @@ impl Options {
             ("ro", None) => self.writability = Some(Writability::ReadOnly),
             ("rw", None) => self.writability = Some(Writability::Writable),
             ("growable", None) => self.growth = Growth::Growable,
+            ("strict", None) => self.changed_bases = ChangedBases::Refuse,
             ("allow_other", None) => self.audience = Audience::Everyone,
             ("noexec", None) => self.flags.push(MountFlag::NoExec),
             ("noatime", None) => self.flags.push(MountFlag::NoAtime),

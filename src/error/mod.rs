@@ -181,6 +181,15 @@ pub enum Problem {
     Retired,
     /// The name of an open file leads to another one by now.
     Moved,
+    /// The backing file is not as its overlay, the file that the error concerns, remembers it.
+    BaseChanged {
+        /// The backing file.
+        base: PathBuf,
+        /// What is remembered of it.
+        recorded: FileState,
+        /// What it is. Where this is the same, its bytes are others.
+        found: FileState,
+    },
     /// What the process behind a mount could not do, in its words.
     Remote {
         /// See [`Error::headline`].
@@ -199,6 +208,15 @@ pub enum Problem {
         /// Its answer.
         source: io::Error,
     },
+}
+
+/// What a look at a file tells of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FileState {
+    /// Length in bytes.
+    pub len: u64,
+    /// When it was last modified, in nanoseconds since 1970.
+    pub modified: i128,
 }
 
 /// Marks in a header that forbid writing.
@@ -321,7 +339,7 @@ impl Error {
             }
             Problem::Locked { .. } => Kind::Locked,
             Problem::KeyMissing | Problem::WrongKey => Kind::Key,
-            Problem::Refused { .. } => Kind::Policy,
+            Problem::Refused { .. } | Problem::BaseChanged { .. } => Kind::Policy,
             Problem::Unsupported { .. } | Problem::ReadableOnly { .. } => Kind::Unsupported,
             Problem::Usage { .. } | Problem::AmbiguousSnapshot { .. } => Kind::Usage,
             Problem::Remote { kind, .. } => *kind,

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::path::Path;
 
-use super::{Error, OtherUse, Problem, Process, RepairMark};
+use super::{Error, FileState, OtherUse, Problem, Process, RepairMark};
 
 impl Error {
     /// What is wrong with which file, in one line without a final stop.
@@ -81,6 +81,9 @@ impl Error {
             }
             Problem::Helper { program, .. } => format!("{program} failed"),
             Problem::Retired => format!("{file} is a backing file by now"),
+            Problem::BaseChanged { base, .. } => {
+                format!("{} is not as {file} remembers its backing file", show(base))
+            }
             Problem::Moved => format!("{file} is not the file any more that is in use"),
             Problem::Remote { headline, .. } => headline.clone(),
             Problem::Io { action, .. } => match self.path() {
@@ -144,6 +147,14 @@ impl Error {
                 "it has {count}, counted from 0, the active layer, to {}, the base",
                 count.saturating_sub(1)
             )),
+            Problem::BaseChanged { recorded, found, .. } if recorded == found => {
+                Some("its bytes are others, so that what is read through the overlay may be nonsense".into())
+            }
+            Problem::BaseChanged { recorded, found, .. } => Some(format!(
+                "it had {} and has {}; if it was changed, what is read through the overlay may be nonsense",
+                show_state(recorded),
+                show_state(found)
+            )),
             Problem::Moved => Some(
                 "it was moved or replaced, and the new image would name what is there now; move it back".into(),
             ),
@@ -185,6 +196,7 @@ impl Error {
                 Some(format!("qchainfs snapshot list {file}"))
             }
             Problem::NoSuchMember { .. } => Some(format!("qchainfs info --backing-chain {file}")),
+            Problem::BaseChanged { .. } => Some(format!("qchainfs seal {file}")),
             _ => None,
         }
     }
@@ -202,6 +214,12 @@ impl fmt::Display for Error {
 
 fn show(path: &Path) -> String {
     path.display().to_string()
+}
+
+fn show_state(state: &FileState) -> String {
+    let time = jiff::Timestamp::from_nanosecond(state.modified);
+    let time = time.map_or_else(|_| "another time".to_owned(), |time| time.to_string());
+    format!("{} bytes of {time}", state.len)
 }
 
 fn show_processes(processes: &[Process]) -> Option<String> {

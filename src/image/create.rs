@@ -3,8 +3,8 @@
 use super::table::Table;
 use crate::error::{Doing, Error, Result};
 use crate::qcow2::{
-    AutoclearFeatures, CompatibleFeatures, Extension, Geometry, Header, IncompatibleFeatures,
-    L2Form, MAX_L1_BYTES, Version, refcount,
+    AutoclearFeatures, BaseRecord, CompatibleFeatures, Extension, Geometry, Header,
+    IncompatibleFeatures, L2Form, MAX_L1_BYTES, Version, refcount,
 };
 use crate::store::Store;
 use crate::units::HostOffset;
@@ -18,8 +18,19 @@ pub struct CreateOptions {
     pub version: Version,
     /// Cluster size and refcount width; version 2 has 16-bit refcounts only.
     pub geometry: Geometry,
-    /// Name of the backing file as the header shall hold it, and its format.
-    pub backing: Option<(Vec<u8>, String)>,
+    /// The backing file, if it is to have one.
+    pub backing: Option<NewBacking>,
+}
+
+/// What a new image is to say of its backing file.
+#[derive(Debug, Clone)]
+pub struct NewBacking {
+    /// Its name as the header shall hold it.
+    pub name: Vec<u8>,
+    /// Its format.
+    pub format: String,
+    /// How it is now, to be remembered.
+    pub record: Option<BaseRecord>,
 }
 
 /// A new image, ready to be written.
@@ -73,7 +84,7 @@ impl NewImage {
             version: options.version,
             geometry,
             size,
-            backing_name: options.backing.as_ref().map(|(name, _)| name.clone()),
+            backing_name: options.backing.as_ref().map(|backing| backing.name.clone()),
             crypt_method: 0,
             l1_entries: l1_entries as u32,
             l1_offset: place(1 + table_clusters + blocks),
@@ -126,12 +137,17 @@ impl NewImage {
 
 fn extensions(options: &CreateOptions) -> Vec<Extension> {
     let mut extensions = Vec::new();
-    if let Some((_, format)) = &options.backing {
-        extensions.push(Extension::BackingFormat(format.clone()));
+    if let Some(backing) = &options.backing {
+        extensions.push(Extension::BackingFormat(backing.format.clone()));
     }
-    // In the smallest clusters the names of the features would leave no room for that of the backing file.
-    if options.version == Version::V3 && options.geometry.cluster_size() > 4096 {
+    // In the smallest clusters all of this would leave no room for the name of the backing file.
+    if options.geometry.cluster_size() <= 4096 {
+        return extensions;
+    }
+    if options.version == Version::V3 {
         extensions.push(Extension::feature_names());
     }
+    let record = options.backing.as_ref().and_then(|backing| backing.record.as_ref());
+    extensions.extend(record.map(|record| Extension::BaseRecord(record.to_data())));
     extensions
 }

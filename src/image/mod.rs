@@ -5,6 +5,7 @@
 //! what lies under the active layer is handed in as [`Below`].
 
 mod allocate;
+mod base_record;
 mod below;
 mod bitmaps;
 pub mod check;
@@ -34,7 +35,7 @@ mod zero;
 
 pub use below::{Below, Nothing};
 pub use cipher::{GuestCipher, SectorNumbering, read_luks_area};
-pub use create::{CreateOptions, NewImage};
+pub use create::{CreateOptions, NewBacking, NewImage};
 pub use map::{Content, Place, Run, Tree};
 pub use open::{Companions, read_header};
 pub use ranges::RangeGuard;

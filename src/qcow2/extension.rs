@@ -1,5 +1,6 @@
 //! Header extensions (section "Header extensions").
 
+use super::base_record::BASE_RECORD;
 use super::features::FEATURE_NAMES;
 use crate::error::{Error, Result};
 
@@ -22,6 +23,8 @@ pub enum Extension {
     DataFileName(Vec<u8>),
     /// Names of feature bits, as raw 48-byte entries.
     FeatureNames(Vec<u8>),
+    /// What we remember of the backing file: see [`super::BaseRecord`].
+    BaseRecord(Vec<u8>),
     /// Any other: its type and data.
     Other {
         /// The extension's type.
@@ -70,6 +73,7 @@ impl Extension {
             BITMAPS => Self::Bitmaps(data.to_vec()),
             DATA_FILE_NAME => Self::DataFileName(data.to_vec()),
             FEATURE_NAME_TABLE => Self::FeatureNames(data.to_vec()),
+            BASE_RECORD => Self::BaseRecord(data.to_vec()),
             _ => Self::Other { kind, data: data.to_vec() },
         })
     }
@@ -82,6 +86,7 @@ impl Extension {
                 Self::Bitmaps(data) => (BITMAPS, &data[..]),
                 Self::DataFileName(name) => (DATA_FILE_NAME, &name[..]),
                 Self::FeatureNames(table) => (FEATURE_NAME_TABLE, &table[..]),
+                Self::BaseRecord(data) => (BASE_RECORD, &data[..]),
                 Self::Other { kind, data } => (*kind, &data[..]),
             };
             out.extend(kind.to_be_bytes());

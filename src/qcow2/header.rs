@@ -1,13 +1,16 @@
 //! The image header (section "Header") with everything that shares its cluster.
 
 mod check;
+mod places;
 
 use zerocopy::big_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+pub use places::Places;
+
 use super::{
-    AutoclearFeatures, BitmapDirectory, CompatibleFeatures, Compression, DataPlace, EntryRules,
-    Extension, Geometry, IncompatibleFeatures, L2Form, ZeroFlag,
+    AutoclearFeatures, BaseRecord, BitmapDirectory, CompatibleFeatures, Compression, DataPlace,
+    EntryRules, Extension, Geometry, IncompatibleFeatures, L2Form, ZeroFlag,
 };
 use crate::error::{Error, Problem, Result};
 use crate::units::HostOffset;
@@ -26,6 +29,8 @@ const OWN_V3_LEN: u32 = 112;
 pub mod offsets {
     use crate::units::HostOffset;
 
+    /// Offset of the backing file's name, 8 bytes.
+    pub const BACKING_NAME: HostOffset = HostOffset::new(8);
     /// Virtual size, 8 bytes.
     pub const SIZE: HostOffset = HostOffset::new(24);
     /// Entries (4 bytes) and offset (8 bytes) of the L1 table.
@@ -240,6 +245,15 @@ impl Header {
             Extension::BackingFormat(name) => Some(&name[..]),
             _ => None,
         })
+    }
+
+    /// What the image remembers of its backing file.
+    pub fn base_record(&self) -> Option<BaseRecord> {
+        let data = self.last_extension(|extension| match extension {
+            Extension::BaseRecord(data) => Some(data),
+            _ => None,
+        });
+        data.and_then(|data| BaseRecord::parse(data))
     }
 
     /// Of two extensions of one type QEMU takes the last.

@@ -4,6 +4,7 @@
 //! Nothing here panics on hostile bytes.
 
 pub mod anatomy;
+mod base_record;
 mod bitmap;
 mod compression;
 pub mod encryption;
@@ -15,6 +16,7 @@ mod header;
 pub mod refcount;
 mod snapshot;
 
+pub use base_record::{BASE_RECORD, BaseRecord};
 pub use bitmap::{Bitmap, BitmapDirectory, BitmapFlags};
 pub use compression::{Compression, decompress};
 pub use entry::{
