@@ -97,7 +97,8 @@ pub(super) fn rebuild(
             writer.set(cluster, block_of(cluster), 1)?;
         }
     }
-    each_window(&survey, &mut tally, limits, None, |window, _| {
+    each_window(&survey, &mut tally, limits, None, |window, tally| {
+        found.check_same_was_read(tally)?;
         for (cluster, slot) in window.clusters().filter(|(cluster, _)| *cluster < place.end()) {
             let references = u64::from(slot.references);
             let count = match found.coverage {

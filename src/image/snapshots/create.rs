@@ -160,3 +160,42 @@ struct Places {
     l1: Clusters,
     table: Clusters,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::{CreateOptions, NewImage, Nothing, Writability};
+    use crate::qcow2::{Geometry, Version};
+    use crate::store::memory::MemoryStore;
+    use crate::units::GuestOffset;
+
+    #[test]
+    fn who_writes_after_a_snapshot_has_failed_takes_nothing_from_the_snapshots_before() {
+        let store = Arc::new(MemoryStore::default());
+        // Two bits count up to three: the disk and two snapshots.
+        let (version, geometry) = (Version::V3, Geometry::new(9, 1));
+        let options = CreateOptions { size: 64 << 10, version, geometry, backing: None };
+        NewImage::plan(&options).unwrap().write(&*store).unwrap();
+        let image = Image::open(store, Writability::Writable).unwrap();
+        let write = |at, data: &[u8]| image.write(&Nothing, GuestOffset::new(at), data).unwrap();
+        write(0, &[1; 64 << 10]);
+        image.create_snapshot("a").unwrap();
+        image.create_snapshot("b").unwrap();
+
+        let table = SnapshotTable::read(&*image.store, &image.header()).unwrap();
+        let places = image.allocate_tables("c", &table).unwrap();
+        image.metadata().freeze();
+        // The first table can't be counted. The second is copied after that, and the copy has room for one more owner.
+        write(0, &[2; 512]);
+        write(32 << 10, &[2; 32 << 10]);
+        assert!(image.metadata().take_failure().is_some());
+        write(32 << 10, &[3; 512]);
+        image.undo_counting(places).unwrap();
+
+        image.delete_snapshot("1").unwrap();
+        image.apply_snapshot("2").unwrap();
+        let mut disk = vec![0; 64 << 10];
+        image.read_active(&Nothing, GuestOffset::ZERO, &mut disk).unwrap();
+        assert!(disk.iter().all(|&byte| byte == 1), "the snapshot has lost data");
+    }
+}

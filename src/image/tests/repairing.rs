@@ -90,7 +90,7 @@ impl Damage {
     }
 }
 
-fn damaged(seed: u64) -> (Vec<u8>, Vec<u8>, String) {
+pub(super) fn damaged(seed: u64) -> (Vec<u8>, Vec<u8>, String) {
     let mut random = Random::new(seed);
     let shape = SHAPES[seed as usize % SHAPES.len()];
     let damage = DAMAGES[seed as usize / SHAPES.len() % DAMAGES.len()];
