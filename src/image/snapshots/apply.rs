@@ -58,8 +58,18 @@ impl Image {
         let old = self.switch_l1(new, tree.size())?;
         drop(disk);
 
-        // The disk is what it was. To give back what it has been meanwhile is nothing to wait for.
-        let kept: BTreeSet<u64> = l1.iter().map(|raw| L1Entry::table_offset(*raw)).collect();
+        // The disk is what it was. To give back what it has been meanwhile is nothing to wait for, and should it fail,
+        // no reason to say that the disk is not the snapshot's.
+        if let Err(error) = self.abandon_tree(&old, &l1) {
+            let error = self.note(error);
+            log::warn!("clusters leak that the disk had before it went back to a snapshot: {error}");
+        }
+        Ok(())
+    }
+
+    /// Gives back what the active layer held through the L1 table `old`, of which it has `kept` now.
+    fn abandon_tree(&self, old: &Table, kept: &[u64]) -> Result<()> {
+        let kept: BTreeSet<u64> = kept.iter().map(|raw| L1Entry::table_offset(*raw)).collect();
         for &raw in old.entries() {
             let L1Entry::Table { host, .. } = L1Entry::decode(raw, self.geometry)? else {
                 continue;
