@@ -136,7 +136,7 @@ impl Found {
     /// # Errors
     /// It could not: a disk that fails may answer once and not again.
     pub fn check_same_was_read(&self, again: &Tally<'_>) -> Result<()> {
-        if again.coverage > self.coverage || again.refcounts > self.refcounts {
+        if again.coverage > self.coverage || again.report.errors > self.report.errors {
             let failed = std::io::Error::from_raw_os_error(libc::EIO);
             return Err(Error::io("read once more what the check has read", failed));
         }

@@ -125,11 +125,14 @@ impl<'s> Survey<'s> {
         while at < len {
             match self.store.next_data(start + at)? {
                 None => break,
-                Some(data) if data.start > start.get() + at => {
-                    at = ((data.start - start.get()) & !7).min(len);
-                    continue;
+                // Data may begin in the middle of a word.
+                Some(data) => {
+                    let word = data.start.saturating_sub(start.get()) & !7;
+                    at = at.max(word.min(len));
                 }
-                Some(_) => {}
+            }
+            if at == len {
+                break;
             }
             let chunk = &mut bytes[..CHUNK.min(len - at) as usize];
             self.store.read_at(chunk, start + at)?;

@@ -38,7 +38,7 @@ impl Image {
 
         let (l1, entry) = {
             let _disk = self.claim_disk();
-            let entry = self.new_entry(name, places.l1.start);
+            let entry = self.new_entry(name, places.l1_offset());
             (self.metadata().freeze(), entry)
         };
         if let Err(error) = self.count_tree(&l1) {
@@ -47,7 +47,9 @@ impl Image {
             return Err(error);
         }
         let l1_bytes = l1.iter().flat_map(|entry| entry.to_be_bytes()).collect();
-        self.write_table(places.l1, Owner::SnapshotL1, l1_bytes)?;
+        if let Some(l1) = places.l1 {
+            self.write_table(l1, Owner::SnapshotL1, l1_bytes)?;
+        }
         self.write_table(places.table, Owner::SnapshotTable, old.with(&entry))?;
         // Data, counts and tables are durable before the header names the snapshot.
         self.flush()?;
@@ -88,11 +90,11 @@ impl Image {
     fn allocate_tables(&self, name: &str, old: &SnapshotTable) -> Result<Places> {
         let l1_len = self.metadata().l1.byte_len();
         let table_len = old.with(&self.new_entry(name, HostOffset::ZERO)).len() as u64;
-        let l1 = self.allocate_contiguous(self.geometry.clusters(l1_len).max(1))?;
+        let l1 = self.allocate_bytes(l1_len)?;
         match self.allocate_contiguous(self.geometry.clusters(table_len)) {
             Ok(table) => Ok(Places { l1, table }),
             Err(error) => {
-                self.take_back(l1)?;
+                l1.map_or(Ok(()), |l1| self.take_back(l1))?;
                 Err(error)
             }
         }
@@ -124,7 +126,7 @@ impl Image {
                 self.release_table(index, raw)?;
             }
         }
-        self.take_back(places.l1)?;
+        places.l1.map_or(Ok(()), |l1| self.take_back(l1))?;
         self.take_back(places.table)?;
         // The next one must not find references that are counted and gone.
         self.flush_all()
@@ -157,8 +159,15 @@ impl Image {
 /// Where the tables of a new snapshot go.
 #[derive(Clone, Copy)]
 struct Places {
-    l1: Clusters,
+    /// None for the empty L1 table of a disk that has had no bytes yet.
+    l1: Option<Clusters>,
     table: Clusters,
+}
+
+impl Places {
+    fn l1_offset(&self) -> HostOffset {
+        self.l1.map_or(HostOffset::ZERO, |l1| l1.start)
+    }
 }
 
 #[cfg(test)]

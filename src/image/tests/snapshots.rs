@@ -427,3 +427,36 @@ fn one_bit_that_can_not_count_two_owners_is_said_before_anything_changes() {
     assert!(said.contains("1-bit refcounts"), "{said}");
     assert!(world.store.bytes() == before, "the file has changed");
 }
+
+/// The image of a disk of no bytes, as QEMU makes it: without an L1 table.
+fn without_l1() -> Arc<MemoryStore> {
+    let mut bytes = Shape { size: 0, backing_len: 0, ..SHAPE }.create();
+    let l1 = u64::from_be_bytes(bytes[40..48].try_into().unwrap());
+    // The L1 table is the last of its tables: the cluster goes with it.
+    bytes[36..48].fill(0);
+    let table = u64::from_be_bytes(bytes[48..56].try_into().unwrap()) as usize;
+    let block = u64::from_be_bytes(bytes[table..][..8].try_into().unwrap()) as usize;
+    bytes[block + l1 as usize / 512 * 2..][..2].fill(0);
+    Arc::new(MemoryStore::new(bytes))
+}
+
+#[test]
+fn snapshots_of_a_disk_without_an_l1_table_are_made_applied_and_deleted_and_leak_nothing() {
+    let store = without_l1();
+    assert_eq!(judge(&store.bytes()), Findings::default(), "the image was not sound before");
+    let image = open(store.clone()).unwrap();
+    image.create_snapshot("a").unwrap();
+    assert_eq!(judge(&store.bytes()), Findings::default(), "made");
+    image.grow(&Nothing, 50_000).unwrap();
+    image.write(&Nothing, GuestOffset::ZERO, &[1; 50_000]).unwrap();
+    image.create_snapshot("b").unwrap();
+    image.apply_snapshot("1").unwrap();
+    assert_eq!(image.size(), 0);
+    assert_eq!(judge(&store.bytes()), Findings::default(), "applied");
+    image.delete_snapshot("1").unwrap();
+    image.apply_snapshot("2").unwrap();
+    image.delete_snapshot("2").unwrap();
+    let expected = [vec![1; 50_000], vec![0; 176]].concat();
+    assert_same(&read_all(&image, &Nothing), &expected, "the disk");
+    assert_eq!(judge(&store.bytes()), Findings::default(), "deleted");
+}
