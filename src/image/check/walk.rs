@@ -144,6 +144,10 @@ impl Walk<'_, '_, '_> {
             }
             if first.is_metadata() || second.is_metadata() {
                 tally.note_contested(contest.cluster);
+                if !first.is_refcounts() && !second.is_refcounts() {
+                    // What leads there leads astray, and nobody knows where the table is that was meant.
+                    tally.coverage = Coverage::Partial;
+                }
             }
             tally.add(Finding::TwoOwners { cluster: contest.cluster, first, second });
         });
