@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::image::allocate::Clusters;
 use crate::image::layout::Owner;
-use crate::qcow2::{L1Entry, MAX_SNAPSHOTS, Snapshot, refcount};
+use crate::qcow2::{L1Entry, MAX_SNAPSHOT_TABLE_BYTES, MAX_SNAPSHOTS, Snapshot, refcount};
 use crate::units::HostOffset;
 
 impl Image {
@@ -90,6 +90,9 @@ impl Image {
     fn allocate_tables(&self, name: &str, old: &SnapshotTable) -> Result<Places> {
         let l1_len = self.metadata().l1.byte_len();
         let table_len = old.with(&self.new_entry(name, HostOffset::ZERO)).len() as u64;
+        if table_len > MAX_SNAPSHOT_TABLE_BYTES {
+            return Err(Error::usage("a snapshot table has at most 64 MiB"));
+        }
         let l1 = self.allocate_bytes(l1_len)?;
         match self.allocate_contiguous(self.geometry.clusters(table_len)) {
             Ok(table) => Ok(Places { l1, table }),

@@ -460,3 +460,52 @@ fn snapshots_of_a_disk_without_an_l1_table_are_made_applied_and_deleted_and_leak
     assert_same(&read_all(&image, &Nothing), &expected, "the disk");
     assert_eq!(judge(&store.bytes()), Findings::default(), "deleted");
 }
+
+#[test]
+fn a_snapshot_that_does_not_know_its_size_keeps_the_disk_from_getting_another() {
+    let mut world = World::new(SHAPE);
+    world.create();
+    let table = world.image().header().snapshots_offset.get() as usize;
+    world.image = None;
+    let mut bytes = world.store.bytes();
+    // No extra data: id and name follow at once.
+    let names = bytes[table + 64..table + 67].to_vec();
+    bytes[table + 36..table + 40].fill(0);
+    bytes[table + 40..table + 43].copy_from_slice(&names);
+    let image = open(Arc::new(MemoryStore::new(bytes))).unwrap();
+    let tree = &image.snapshots()[0];
+    assert_eq!((tree.entry().disk_size, tree.entry().name.as_str()), (None, "s1"));
+    for resized in [image.grow(&Nothing, 200 << 10), image.shrink(&Nothing, 50 << 10)] {
+        let error = resized.unwrap_err();
+        assert!(matches!(error.problem(), Problem::Unsupported { .. }), "{error}");
+    }
+    image.apply_snapshot("1").unwrap();
+    image.delete_snapshot("1").unwrap();
+    image.grow(&Nothing, 200 << 10).unwrap();
+}
+
+#[test]
+fn a_snapshot_table_never_gets_longer_than_one_that_can_be_read() {
+    let mut world = World::new(SHAPE);
+    world.create();
+    let table = world.image().header().snapshots_offset.get() as usize;
+    world.image = None;
+    let mut bytes = world.store.bytes();
+    // The entry at the end of the file, with as much extra data as a table has room for.
+    let (entry, names) =
+        (bytes[table..table + 64].to_vec(), bytes[table + 64..table + 67].to_vec());
+    let (end, len) = (bytes.len(), 64 << 20);
+    bytes.extend(&entry);
+    bytes.resize(end + len, 0);
+    let extra = len - 40 - 8;
+    bytes[end + 36..end + 40].copy_from_slice(&(extra as u32).to_be_bytes());
+    bytes[end + 40 + extra..][..3].copy_from_slice(&names);
+    bytes[64..72].copy_from_slice(&(end as u64).to_be_bytes());
+    let store = Arc::new(MemoryStore::new(bytes));
+    let image = open(store.clone()).unwrap();
+    assert_eq!(image.snapshots()[0].entry().name, "s1");
+    let said = image.create_snapshot("one more").map(drop).unwrap_err().to_string();
+    assert!(said.contains("64 MiB"), "{said}");
+    drop(image);
+    assert_eq!(open(store).unwrap().snapshots().len(), 1);
+}
