@@ -509,3 +509,31 @@ fn a_snapshot_table_never_gets_longer_than_one_that_can_be_read() {
     drop(image);
     assert_eq!(open(store).unwrap().snapshots().len(), 1);
 }
+
+#[test]
+fn a_snapshot_that_is_counted_too_low_is_neither_deleted_nor_applied_and_nothing_changes() {
+    let mut world = World::new(Shape { backing_len: 0, ..SHAPE });
+    world.image().write(&Nothing, GuestOffset::ZERO, &[1; 30_000]).unwrap();
+    world.create();
+    let header = world.image().header();
+    world.image = None;
+    let bytes = world.store.bytes();
+    let number = |at: u64| u64::from_be_bytes(bytes[at as usize..][..8].try_into().unwrap());
+    let table = first_table(&bytes, header.l1_offset.get());
+    let data = number(table) & 0x00ff_ffff_ffff_fe00;
+    let block = number(header.reftable_offset.get()) as usize;
+    // What the snapshot and the disk share is counted once: it would go with the first of them.
+    for shared in [table, data] {
+        let mut bytes = bytes.clone();
+        let count = &mut bytes[block + shared as usize / 512 * 2..][..2];
+        assert_eq!(count, [0, 2]);
+        count[1] = 1;
+        let store = Arc::new(MemoryStore::new(bytes.clone()));
+        let image = open(store.clone()).unwrap();
+        for result in [image.delete_snapshot("1"), image.apply_snapshot("1")] {
+            let said = result.unwrap_err().to_string();
+            assert!(said.contains("\"s1\""), "{said}");
+        }
+        assert!(store.bytes() == bytes, "the file has changed");
+    }
+}
