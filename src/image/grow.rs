@@ -6,15 +6,15 @@ use super::sync::atomic::Ordering;
 use super::table::Table;
 use super::{Below, Image, ZeroMode};
 use crate::error::{Doing, Error, Result};
-use crate::qcow2::{MAX_L1_BYTES, Version, offsets};
+use crate::qcow2::{MAX_L1_BYTES, offsets};
 use crate::units::{GuestOffset, GuestRange, HostOffset};
 
 impl Image {
     /// Makes the disk `size` bytes long, rounded up to 512; new bytes read as zero, whatever lies below.
     ///
     /// # Errors
-    /// A size below the present one, or one that needs an L1 table above 32 MiB; version 2 with snapshots, whose
-    /// entries would not know their own size.
+    /// A size below the present one, or one that needs an L1 table above 32 MiB; version 2 with snapshots, or a snapshot
+    /// that does not know its own size.
     pub fn grow(&self, below: &dyn Below, size: u64) -> Result<()> {
         let size = size.checked_next_multiple_of(512).unwrap_or(u64::MAX);
         self.check_can_grow(size)?;
@@ -36,11 +36,7 @@ impl Image {
                 "{size} bytes are less than the {old_size} of today"
             )));
         }
-        let header = self.header();
-        if header.version == Version::V2 && header.snapshot_count > 0 {
-            return Err(Error::unsupported("growing a version 2 image that has snapshots"));
-        }
-        Ok(())
+        self.check_snapshots_know_their_size("growing")
     }
 
     fn grow_to(&self, below: &dyn Below, size: u64) -> Result<()> {

@@ -5,7 +5,7 @@ use super::sync::atomic::Ordering;
 use super::entry::{ClusterEntry, NewEntry};
 use super::{Below, Image, Tree, ZeroMode};
 use crate::error::{Doing, Error, Result};
-use crate::qcow2::{DataPlace, L1Entry, Version};
+use crate::qcow2::{DataPlace, L1Entry};
 use crate::units::{GuestOffset, GuestRange};
 
 /// L2 tables dropped between two flushes.
@@ -18,7 +18,7 @@ impl Image {
     /// allocated. Growing hides that.
     ///
     /// # Errors
-    /// A size above the present one; version 2 with snapshots, whose entries would not know their own size.
+    /// A size above the present one; version 2 with snapshots, or a snapshot that does not know its own size.
     pub fn shrink(&self, below: &dyn Below, size: u64) -> Result<()> {
         let size = size.checked_next_multiple_of(512).unwrap_or(u64::MAX);
         self.check_can_shrink(size)?;
@@ -34,11 +34,7 @@ impl Image {
                 "{size} bytes are more than the {old_size} of today"
             )));
         }
-        let header = self.header();
-        if header.version == Version::V2 && header.snapshot_count > 0 {
-            return Err(Error::unsupported("shrinking a version 2 image that has snapshots"));
-        }
-        Ok(())
+        self.check_snapshots_know_their_size("shrinking")
     }
 
     fn shrink_to(&self, below: &dyn Below, size: u64) -> Result<()> {

@@ -290,7 +290,7 @@ pub(super) enum Refcounts {
 }
 
 /// Whether all tables were followed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Coverage {
     /// All of them.
     Whole,

@@ -80,6 +80,9 @@ pub(super) fn rebuild(
     // Of the old structures only what was there before: the longer file has nothing to add.
     survey.areas.retain(|area| !area.usage.is_refcounts());
     survey.blocks.clone_from(&old.blocks);
+    if found.coverage == Coverage::Partial {
+        forget_unreadable(&mut survey);
+    }
     let blocks = Area::new(host(place.first), place.blocks * size, Use::RefcountBlock);
     let table_at = host(place.first + place.blocks);
     let table = Area::new(table_at, place.table * size, Use::RefcountTable);
@@ -97,7 +100,8 @@ pub(super) fn rebuild(
             writer.set(cluster, block_of(cluster), 1)?;
         }
     }
-    each_window(&survey, &mut tally, limits, None, |window, _| {
+    each_window(&survey, &mut tally, limits, None, |window, tally| {
+        found.check_same_was_read(tally)?;
         for (cluster, slot) in window.clusters().filter(|(cluster, _)| *cluster < place.end()) {
             let references = u64::from(slot.references);
             let count = match found.coverage {
@@ -128,4 +132,15 @@ pub(super) fn rebuild(
     field.extend((place.table as u32).to_be_bytes());
     Layout::new(geometry).check(Owner::Header, offsets::REFTABLE, field)?.perform(store)?;
     store.sync().doing("make its header durable")
+}
+
+/// Treats refcount blocks that can't be read as if there were none: what they count might be in use.
+fn forget_unreadable(survey: &mut Survey<'_>) {
+    let (store, size) = (survey.store, survey.geometry.cluster_size());
+    let mut bytes = vec![0; size as usize];
+    for block in survey.blocks.iter_mut().filter(|block| **block != 0) {
+        if store.read_at(&mut bytes, HostOffset::new(*block)).is_err() {
+            *block = 0;
+        }
+    }
 }

@@ -16,7 +16,7 @@ use super::flags::FlagWriter;
 use super::rebuild::rebuild;
 use super::survey::Survey;
 use super::{Limits, each_window, examine};
-use crate::error::{Doing, Result};
+use crate::error::{Doing, Error, Result};
 use crate::image::layout::{Layout, Owner};
 use crate::image::open::read_header;
 use crate::qcow2::{AutoclearFeatures, Geometry, IncompatibleFeatures, offsets};
@@ -130,6 +130,18 @@ impl Found {
             dangling: tally.dangling,
         }
     }
+
+    /// Refuses to go by what `again` has counted, if that pass could not read what the check has read.
+    ///
+    /// # Errors
+    /// It could not: a disk that fails may answer once and not again.
+    pub fn check_same_was_read(&self, again: &Tally<'_>) -> Result<()> {
+        if again.coverage > self.coverage || again.report.errors > self.report.errors {
+            let failed = std::io::Error::from_raw_os_error(libc::EIO);
+            return Err(Error::io("read once more what the check has read", failed));
+        }
+        Ok(())
+    }
 }
 
 /// Shows progress only: what is found on the way to a repair has been told before.
@@ -154,7 +166,8 @@ fn correct_counts(
     let mut fixed = Fixed::default();
     let mut writer = CountWriter::new(survey)?;
     let mut tally = Tally::new(watch, Stage::Counts);
-    each_window(survey, &mut tally, limits, None, |window, _| {
+    each_window(survey, &mut tally, limits, None, |window, tally| {
+        found.check_same_was_read(tally)?;
         for (cluster, slot) in window.clusters() {
             let references = u64::from(slot.references);
             let Some(block) = survey.block_of(cluster) else { continue };

@@ -125,11 +125,14 @@ impl<'s> Survey<'s> {
         while at < len {
             match self.store.next_data(start + at)? {
                 None => break,
-                Some(data) if data.start > start.get() + at => {
-                    at = ((data.start - start.get()) & !7).min(len);
-                    continue;
+                // Data may begin in the middle of a word.
+                Some(data) => {
+                    let word = data.start.saturating_sub(start.get()) & !7;
+                    at = at.max(word.min(len));
                 }
-                Some(_) => {}
+            }
+            if at == len {
+                break;
             }
             let chunk = &mut bytes[..CHUNK.min(len - at) as usize];
             self.store.read_at(chunk, start + at)?;
@@ -190,8 +193,8 @@ impl<'s> Survey<'s> {
             };
             len += lengths.entry() as u64;
             if self.header.version == Version::V3 && !lengths.has_required_extra() {
-                let what = format!("snapshot table entry {index} is incomplete");
-                tally.add(Finding::Broken { what });
+                // Who wrote this may have meant another length, and other entries behind it.
+                self.broken(format!("snapshot table entry {index} is incomplete"), tally);
             }
             let l1_len = u64::from(snapshot.l1_entries) * 8;
             if !snapshot.l1_offset.is_aligned(self.geometry.cluster_size()) || l1_len > MAX_L1_BYTES

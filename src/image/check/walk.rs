@@ -144,6 +144,10 @@ impl Walk<'_, '_, '_> {
             }
             if first.is_metadata() || second.is_metadata() {
                 tally.note_contested(contest.cluster);
+                if !first.is_refcounts() && !second.is_refcounts() {
+                    // What leads there leads astray, and nobody knows where the table is that was meant.
+                    tally.coverage = Coverage::Partial;
+                }
             }
             tally.add(Finding::TwoOwners { cluster: contest.cluster, first, second });
         });
@@ -206,16 +210,17 @@ impl Walk<'_, '_, '_> {
     }
 
     /// The L2 tables behind `after`, as many as are kept in mind at a time, by place.
-    fn tables_behind(&self, after: HostOffset) -> BTreeMap<HostOffset, L2Table> {
+    fn tables_behind(&mut self, after: HostOffset) -> BTreeMap<HostOffset, L2Table> {
+        let survey = self.survey;
         let mut tables: BTreeMap<HostOffset, L2Table> = BTreeMap::new();
-        for table in &self.survey.l1_tables {
+        for table in &survey.l1_tables {
             let belongs_to = match table.usage {
                 Use::ActiveL1 => Tree::Active,
                 _ => Tree::Snapshots,
             };
             let note = |l1_index, raw| {
                 let host = RawL1Entry(raw).host();
-                if host <= after || !self.survey.can_hold_table(host) {
+                if host <= after || !survey.can_hold_table(host) {
                     return;
                 }
                 let new = L2Table { times: 0, l1_index, belongs_to };
@@ -228,8 +233,11 @@ impl Walk<'_, '_, '_> {
                     tables.pop_last();
                 }
             };
-            // What can't be read has been found before.
-            let _ = self.survey.each_word(table.start, table.len, note);
+            let read = survey.each_word(table.start, table.len, note);
+            // What could not be read before either has been found.
+            if let (Err(error), Coverage::Whole) = (read, self.tally.coverage) {
+                self.unreadable(table.usage, table.start, &error);
+            }
         }
         tables
     }

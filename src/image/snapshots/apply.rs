@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::image::Image;
 use crate::image::allocate::Clusters;
 use crate::image::layout::Owner;
@@ -10,7 +10,7 @@ use crate::image::metadata::Metadata;
 use crate::image::pages::Kind;
 use crate::image::sync::atomic::Ordering;
 use crate::image::table::Table;
-use crate::qcow2::{L1Entry, Version, offsets};
+use crate::qcow2::{L1Entry, offsets};
 use crate::store::Store;
 use crate::units::HostOffset;
 
@@ -32,8 +32,8 @@ impl Image {
         let _shape = self.keep_shape();
         self.begin_change()?;
         let (_, tree) = self.find_snapshot(id)?;
-        if self.header().version == Version::V2 && tree.size() != self.size() {
-            return Err(Error::unsupported("another size of a version 2 image that has snapshots"));
+        if tree.size() != self.size() {
+            self.check_snapshots_know_their_size("another size of")?;
         }
         let mut l1 = self.read_l1(&tree)?;
         // What is behind the disk is the state of a machine.
@@ -58,8 +58,20 @@ impl Image {
         let old = self.switch_l1(new, tree.size())?;
         drop(disk);
 
-        // The disk is what it was. To give back what it has been meanwhile is nothing to wait for.
-        let kept: BTreeSet<u64> = l1.iter().map(|raw| L1Entry::table_offset(*raw)).collect();
+        // The disk is what it was. To give back what it has been meanwhile is nothing to wait for, and should it fail,
+        // no reason to say that the disk is not the snapshot's.
+        if let Err(error) = self.abandon_tree(&old, &l1) {
+            let error = self.note(error);
+            log::warn!(
+                "clusters leak that the disk had before it went back to a snapshot: {error}"
+            );
+        }
+        Ok(())
+    }
+
+    /// Gives back what the active layer held through the L1 table `old`, of which it has `kept` now.
+    fn abandon_tree(&self, old: &Table, kept: &[u64]) -> Result<()> {
+        let kept: BTreeSet<u64> = kept.iter().map(|raw| L1Entry::table_offset(*raw)).collect();
         for &raw in old.entries() {
             let L1Entry::Table { host, .. } = L1Entry::decode(raw, self.geometry)? else {
                 continue;

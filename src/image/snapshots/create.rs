@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::image::allocate::Clusters;
 use crate::image::layout::Owner;
-use crate::qcow2::{L1Entry, MAX_SNAPSHOTS, Snapshot, refcount};
+use crate::qcow2::{L1Entry, MAX_SNAPSHOT_TABLE_BYTES, MAX_SNAPSHOTS, Snapshot, refcount};
 use crate::units::HostOffset;
 
 impl Image {
@@ -38,7 +38,7 @@ impl Image {
 
         let (l1, entry) = {
             let _disk = self.claim_disk();
-            let entry = self.new_entry(name, places.l1.start);
+            let entry = self.new_entry(name, places.l1_offset());
             (self.metadata().freeze(), entry)
         };
         if let Err(error) = self.count_tree(&l1) {
@@ -47,7 +47,9 @@ impl Image {
             return Err(error);
         }
         let l1_bytes = l1.iter().flat_map(|entry| entry.to_be_bytes()).collect();
-        self.write_table(places.l1, Owner::SnapshotL1, l1_bytes)?;
+        if let Some(l1) = places.l1 {
+            self.write_table(l1, Owner::SnapshotL1, l1_bytes)?;
+        }
         self.write_table(places.table, Owner::SnapshotTable, old.with(&entry))?;
         // Data, counts and tables are durable before the header names the snapshot.
         self.flush()?;
@@ -88,11 +90,14 @@ impl Image {
     fn allocate_tables(&self, name: &str, old: &SnapshotTable) -> Result<Places> {
         let l1_len = self.metadata().l1.byte_len();
         let table_len = old.with(&self.new_entry(name, HostOffset::ZERO)).len() as u64;
-        let l1 = self.allocate_contiguous(self.geometry.clusters(l1_len).max(1))?;
+        if table_len > MAX_SNAPSHOT_TABLE_BYTES {
+            return Err(Error::usage("a snapshot table has at most 64 MiB"));
+        }
+        let l1 = self.allocate_bytes(l1_len)?;
         match self.allocate_contiguous(self.geometry.clusters(table_len)) {
             Ok(table) => Ok(Places { l1, table }),
             Err(error) => {
-                self.take_back(l1)?;
+                l1.map_or(Ok(()), |l1| self.take_back(l1))?;
                 Err(error)
             }
         }
@@ -124,7 +129,7 @@ impl Image {
                 self.release_table(index, raw)?;
             }
         }
-        self.take_back(places.l1)?;
+        places.l1.map_or(Ok(()), |l1| self.take_back(l1))?;
         self.take_back(places.table)?;
         // The next one must not find references that are counted and gone.
         self.flush_all()
@@ -157,6 +162,52 @@ impl Image {
 /// Where the tables of a new snapshot go.
 #[derive(Clone, Copy)]
 struct Places {
-    l1: Clusters,
+    /// None for the empty L1 table of a disk that has had no bytes yet.
+    l1: Option<Clusters>,
     table: Clusters,
+}
+
+impl Places {
+    fn l1_offset(&self) -> HostOffset {
+        self.l1.map_or(HostOffset::ZERO, |l1| l1.start)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::{CreateOptions, NewImage, Nothing, Writability};
+    use crate::qcow2::{Geometry, Version};
+    use crate::store::memory::MemoryStore;
+    use crate::units::GuestOffset;
+
+    #[test]
+    fn who_writes_after_a_snapshot_has_failed_takes_nothing_from_the_snapshots_before() {
+        let store = Arc::new(MemoryStore::default());
+        // Two bits count up to three: the disk and two snapshots.
+        let (version, geometry) = (Version::V3, Geometry::new(9, 1));
+        let options = CreateOptions { size: 64 << 10, version, geometry, backing: None };
+        NewImage::plan(&options).unwrap().write(&*store).unwrap();
+        let image = Image::open(store, Writability::Writable).unwrap();
+        let write = |at, data: &[u8]| image.write(&Nothing, GuestOffset::new(at), data).unwrap();
+        write(0, &[1; 64 << 10]);
+        image.create_snapshot("a").unwrap();
+        image.create_snapshot("b").unwrap();
+
+        let table = SnapshotTable::read(&*image.store, &image.header()).unwrap();
+        let places = image.allocate_tables("c", &table).unwrap();
+        image.metadata().freeze();
+        // The first table can't be counted. The second is copied after that, and the copy has room for one more owner.
+        write(0, &[2; 512]);
+        write(32 << 10, &[2; 32 << 10]);
+        assert!(image.metadata().take_failure().is_some());
+        write(32 << 10, &[3; 512]);
+        image.undo_counting(places).unwrap();
+
+        image.delete_snapshot("1").unwrap();
+        image.apply_snapshot("2").unwrap();
+        let mut disk = vec![0; 64 << 10];
+        image.read_active(&Nothing, GuestOffset::ZERO, &mut disk).unwrap();
+        assert!(disk.iter().all(|&byte| byte == 1), "the snapshot has lost data");
+    }
 }

@@ -22,7 +22,10 @@ pub(in crate::image) struct Freeze {
     l1: Arc<[u64]>,
     /// Which of its tables have been counted for the snapshot.
     counted: Vec<bool>,
-    /// Why there can't be a snapshot. Nothing is frozen any more then.
+    /// Whether there can't be a snapshot. Nothing is frozen any more then, nor will be: writers may have copied tables
+    /// that were not counted.
+    failed: bool,
+    /// Why, until somebody has been told.
     failure: Option<Error>,
 }
 
@@ -38,7 +41,7 @@ impl Metadata {
     pub(super) fn freeze(&mut self) -> Arc<[u64]> {
         let l1: Arc<[u64]> = self.l1.entries().into();
         let counted = vec![false; l1.len()];
-        self.freeze = Some(Freeze { l1: l1.clone(), counted, failure: None });
+        self.freeze = Some(Freeze { l1: l1.clone(), counted, failed: false, failure: None });
         l1
     }
 
@@ -50,7 +53,7 @@ impl Metadata {
     /// Whether the table that the L1 entry `index` names belongs to a snapshot that has not counted it yet.
     pub(in crate::image) fn is_frozen(&self, index: usize) -> bool {
         self.freeze.as_ref().is_some_and(|freeze| {
-            freeze.failure.is_none()
+            !freeze.failed
                 && freeze.l1.get(index).is_some_and(|&entry| entry != 0)
                 && !freeze.counted[index]
         })
@@ -67,7 +70,7 @@ impl Metadata {
         if let Some(freeze) = &mut self.freeze {
             match counted {
                 Ok(()) => freeze.counted[index] = true,
-                Err(error) => freeze.failure = Some(error),
+                Err(error) => (freeze.failed, freeze.failure) = (true, Some(error)),
             }
         }
     }

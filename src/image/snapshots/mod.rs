@@ -18,7 +18,7 @@ use super::Image;
 use super::sync::{Condvar, Mutex};
 use super::table::Table;
 use crate::error::{Error, Problem, Result};
-use crate::qcow2::{DataPlace, Geometry, Header, MAX_FILE_LEN, MAX_L1_BYTES, Snapshot};
+use crate::qcow2::{DataPlace, Geometry, Header, MAX_FILE_LEN, MAX_L1_BYTES, Snapshot, Version};
 use crate::units::HostOffset;
 
 /// An internal snapshot of an open image.
@@ -151,6 +151,24 @@ impl Image {
             DataPlace::External => {
                 Err(Error::unsupported("snapshots of an image with an external data file"))
             }
+        }
+    }
+
+    /// Refuses `what` changes the size of the disk where a snapshot may have that size for want of its own.
+    ///
+    /// Version 2 does not demand that an entry has it, and version 3 is not always obeyed.
+    pub(super) fn check_snapshots_know_their_size(&self, what: &str) -> Result<()> {
+        let snapshots = self.snapshots();
+        match self.header().version {
+            Version::V2 if !snapshots.is_empty() => {
+                Err(Error::unsupported(format!("{what} a version 2 image that has snapshots")))
+            }
+            Version::V3 if snapshots.iter().any(|tree| tree.entry.disk_size.is_none()) => {
+                Err(Error::unsupported(format!(
+                    "{what} an image with a snapshot that does not say how large it is"
+                )))
+            }
+            _ => Ok(()),
         }
     }
 

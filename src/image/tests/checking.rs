@@ -332,6 +332,57 @@ fn a_table_that_can_not_be_read_is_an_error_of_the_check_and_what_it_names_is_ke
     assert!(store.inner.bytes() == bytes, "something was written");
 }
 
+/// A store that finds out where data begins by the byte.
+struct ByByte(MemoryStore);
+
+impl Store for ByByte {
+    fn len(&self) -> std::io::Result<u64> {
+        self.0.len()
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: HostOffset) -> std::io::Result<()> {
+        self.0.read_at(buf, offset)
+    }
+
+    fn write_at(&self, pieces: &[&[u8]], offset: HostOffset) -> std::io::Result<()> {
+        self.0.write_at(pieces, offset)
+    }
+
+    fn set_len(&self, len: u64) -> std::io::Result<()> {
+        self.0.set_len(len)
+    }
+
+    fn sync(&self) -> std::io::Result<()> {
+        self.0.sync()
+    }
+
+    fn punch_hole(&self, offset: HostOffset, len: u64) -> std::io::Result<()> {
+        self.0.punch_hole(offset, len)
+    }
+
+    fn reserve(&self, offset: HostOffset, len: u64) -> std::io::Result<()> {
+        self.0.reserve(offset, len)
+    }
+
+    fn next_data(&self, from: HostOffset) -> std::io::Result<Option<std::ops::Range<u64>>> {
+        let bytes = self.0.bytes();
+        let rest = bytes.get(from.get() as usize..).unwrap_or_default();
+        let first = rest.iter().position(|&byte| byte != 0);
+        Ok(first.map(|first| from.get() + first as u64..bytes.len() as u64))
+    }
+
+    fn allocated(&self) -> std::io::Result<u64> {
+        self.0.allocated()
+    }
+}
+
+#[test]
+fn a_check_goes_on_where_data_begins_in_the_middle_of_a_word() {
+    let (bytes, _) = written();
+    let report = check::check(&ByByte(MemoryStore::new(bytes.clone())), &mut Found::default());
+    assert_eq!(report.unwrap(), own_check(&bytes).0);
+}
+
 #[test]
 fn a_refcount_block_where_no_file_reaches_is_an_error() {
     let (mut bytes, _) = written();

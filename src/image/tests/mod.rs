@@ -4,6 +4,7 @@ mod checker;
 mod checking;
 mod concurrent;
 mod failing;
+mod failing_repairs;
 mod failing_upkeep;
 mod failing_writes;
 mod failures;

@@ -90,7 +90,7 @@ impl Damage {
     }
 }
 
-fn damaged(seed: u64) -> (Vec<u8>, Vec<u8>, String) {
+pub(super) fn damaged(seed: u64) -> (Vec<u8>, Vec<u8>, String) {
     let mut random = Random::new(seed);
     let shape = SHAPES[seed as usize % SHAPES.len()];
     let damage = DAMAGES[seed as usize / SHAPES.len() % DAMAGES.len()];
@@ -182,6 +182,53 @@ fn clusters_of_a_snapshot_that_can_not_be_found_are_not_freed() {
         let (report, fixed) = repair(&store, extent, &mut Found::default()).unwrap();
         assert!(report.leaks > 0 && report.corruptions > 0 && fixed.leaks == 0, "{report:?}");
         assert!(store.bytes() == bytes, "something was written");
+    }
+}
+
+#[test]
+fn clusters_of_a_table_whose_pointer_leads_to_something_else_are_not_freed() {
+    let store = Arc::new(MemoryStore::new(used_image(SHAPES[0], &mut Random::new(3))));
+    let image = open(store.clone()).unwrap();
+    image.write(&Nothing, GuestOffset::ZERO, &[1; 80 << 10]).unwrap();
+    image.create_snapshot("t").unwrap();
+    image.write(&Nothing, GuestOffset::ZERO, &[2; 80 << 10]).unwrap();
+    image.flush_all().unwrap();
+    drop(image);
+    let sound = store.bytes();
+    let header = header_of(&sound);
+    let snapshot = header.snapshots_offset.get();
+    let snapshot_l1 = word(&sound, snapshot + 72);
+    let own_l1 = header.l1_offset.get();
+    let other_table = word(&sound, own_l1 + 16) & !(1 << 63);
+    let data = word(&sound, other_table) & !(1 << 63);
+    assert!(other_table != 0 && data != 0, "nothing is there");
+    for (at, new) in [
+        (own_l1, other_table.to_be_bytes()),
+        (own_l1, data.to_be_bytes()),
+        (snapshot_l1, other_table.to_be_bytes()),
+        (snapshot + 72, other_table.to_be_bytes()),
+        (snapshot + 72, own_l1.to_be_bytes()),
+        // The first entry of the snapshot table has another length, and the second is somewhere else.
+        (snapshot + 36, [0; 8]),
+    ] {
+        let mut bytes = sound.clone();
+        put(&mut bytes, at, &new);
+        for extent in [Extent::Leaks, Extent::All] {
+            let context = format!("{new:x?} at {at:#x}, {extent:?}");
+            let store = MemoryStore::new(bytes.clone());
+            let (report, _) = repair(&store, extent, &mut Found::default()).unwrap();
+            assert!(report.corruptions > 0, "{context}: {report:?}");
+            // Somebody puts the pointer right.
+            let mut mended = store.bytes();
+            mended[at as usize..at as usize + 8].copy_from_slice(&sound[at as usize..][..8]);
+            let (_, found) = own_check(&mended);
+            let too_low = |one: &Finding| matches!(one, Finding::TooLow { .. });
+            assert!(!found.iter().any(too_low), "{context}: {found:?}");
+            let store = MemoryStore::new(mended);
+            let (report, _) = repair(&store, Extent::All, &mut Found::default()).unwrap();
+            assert!(report.is_clean(), "{context}: {report:?}");
+            assert!(views(&store.bytes()) == views(&sound), "{context}: a view has changed");
+        }
     }
 }
 

@@ -216,3 +216,35 @@ fn fail_everywhere(shape: Shape, bytes: &[u8], deed: Deed) {
         }
     }
 }
+
+#[test]
+fn whoever_is_told_that_a_snapshot_was_not_applied_has_the_disk_as_it_was() {
+    let shape = Shape { backing_len: 0, ..shapes()[0] };
+    let store = Arc::new(MemoryStore::new(shape.create()));
+    let image = open(store.clone()).unwrap();
+    image.create_snapshot("empty").unwrap();
+    let written = vec![1; shape.size as usize];
+    image.write(&Nothing, GuestOffset::ZERO, &written).unwrap();
+    image.flush_all().unwrap();
+    drop(image);
+    let bytes = store.bytes();
+    let mut told = [0; 2];
+    for failing in 0.. {
+        let store = Arc::new(FaultStore::new(bytes.clone()));
+        let image = open(store.clone()).unwrap();
+        store.count_reads();
+        store.fail(failing..failing + 1);
+        let done = image.apply_snapshot("1");
+        if store.failed().is_none() {
+            break;
+        }
+        // Once a write or sync has failed nobody knows what the disk has.
+        if image.check_open_for_writing().is_ok() {
+            let expected = if done.is_ok() { vec![0; written.len()] } else { written.clone() };
+            let context = format!("operation {failing}, {done:?}");
+            assert_same(&read_all(&image, &Nothing), &expected, &context);
+            told[usize::from(done.is_ok())] += 1;
+        }
+    }
+    assert!(told.iter().all(|times| *times > 0), "told so or not: {told:?}");
+}

@@ -427,3 +427,113 @@ fn one_bit_that_can_not_count_two_owners_is_said_before_anything_changes() {
     assert!(said.contains("1-bit refcounts"), "{said}");
     assert!(world.store.bytes() == before, "the file has changed");
 }
+
+/// The image of a disk of no bytes, as QEMU makes it: without an L1 table.
+fn without_l1() -> Arc<MemoryStore> {
+    let mut bytes = Shape { size: 0, backing_len: 0, ..SHAPE }.create();
+    let l1 = u64::from_be_bytes(bytes[40..48].try_into().unwrap());
+    // The L1 table is the last of its tables: the cluster goes with it.
+    bytes[36..48].fill(0);
+    let table = u64::from_be_bytes(bytes[48..56].try_into().unwrap()) as usize;
+    let block = u64::from_be_bytes(bytes[table..][..8].try_into().unwrap()) as usize;
+    bytes[block + l1 as usize / 512 * 2..][..2].fill(0);
+    Arc::new(MemoryStore::new(bytes))
+}
+
+#[test]
+fn snapshots_of_a_disk_without_an_l1_table_are_made_applied_and_deleted_and_leak_nothing() {
+    let store = without_l1();
+    assert_eq!(judge(&store.bytes()), Findings::default(), "the image was not sound before");
+    let image = open(store.clone()).unwrap();
+    image.create_snapshot("a").unwrap();
+    assert_eq!(judge(&store.bytes()), Findings::default(), "made");
+    image.grow(&Nothing, 50_000).unwrap();
+    image.write(&Nothing, GuestOffset::ZERO, &[1; 50_000]).unwrap();
+    image.create_snapshot("b").unwrap();
+    image.apply_snapshot("1").unwrap();
+    assert_eq!(image.size(), 0);
+    assert_eq!(judge(&store.bytes()), Findings::default(), "applied");
+    image.delete_snapshot("1").unwrap();
+    image.apply_snapshot("2").unwrap();
+    image.delete_snapshot("2").unwrap();
+    let expected = [vec![1; 50_000], vec![0; 176]].concat();
+    assert_same(&read_all(&image, &Nothing), &expected, "the disk");
+    assert_eq!(judge(&store.bytes()), Findings::default(), "deleted");
+}
+
+#[test]
+fn a_snapshot_that_does_not_know_its_size_keeps_the_disk_from_getting_another() {
+    let mut world = World::new(SHAPE);
+    world.create();
+    let table = world.image().header().snapshots_offset.get() as usize;
+    world.image = None;
+    let mut bytes = world.store.bytes();
+    // No extra data: id and name follow at once.
+    let names = bytes[table + 64..table + 67].to_vec();
+    bytes[table + 36..table + 40].fill(0);
+    bytes[table + 40..table + 43].copy_from_slice(&names);
+    let image = open(Arc::new(MemoryStore::new(bytes))).unwrap();
+    let tree = &image.snapshots()[0];
+    assert_eq!((tree.entry().disk_size, tree.entry().name.as_str()), (None, "s1"));
+    for resized in [image.grow(&Nothing, 200 << 10), image.shrink(&Nothing, 50 << 10)] {
+        let error = resized.unwrap_err();
+        assert!(matches!(error.problem(), Problem::Unsupported { .. }), "{error}");
+    }
+    image.apply_snapshot("1").unwrap();
+    image.delete_snapshot("1").unwrap();
+    image.grow(&Nothing, 200 << 10).unwrap();
+}
+
+#[test]
+fn a_snapshot_table_never_gets_longer_than_one_that_can_be_read() {
+    let mut world = World::new(SHAPE);
+    world.create();
+    let table = world.image().header().snapshots_offset.get() as usize;
+    world.image = None;
+    let mut bytes = world.store.bytes();
+    // The entry at the end of the file, with as much extra data as a table has room for.
+    let (entry, names) =
+        (bytes[table..table + 64].to_vec(), bytes[table + 64..table + 67].to_vec());
+    let (end, len) = (bytes.len(), 64 << 20);
+    bytes.extend(&entry);
+    bytes.resize(end + len, 0);
+    let extra = len - 40 - 8;
+    bytes[end + 36..end + 40].copy_from_slice(&(extra as u32).to_be_bytes());
+    bytes[end + 40 + extra..][..3].copy_from_slice(&names);
+    bytes[64..72].copy_from_slice(&(end as u64).to_be_bytes());
+    let store = Arc::new(MemoryStore::new(bytes));
+    let image = open(store.clone()).unwrap();
+    assert_eq!(image.snapshots()[0].entry().name, "s1");
+    let said = image.create_snapshot("one more").map(drop).unwrap_err().to_string();
+    assert!(said.contains("64 MiB"), "{said}");
+    drop(image);
+    assert_eq!(open(store).unwrap().snapshots().len(), 1);
+}
+
+#[test]
+fn a_snapshot_that_is_counted_too_low_is_neither_deleted_nor_applied_and_nothing_changes() {
+    let mut world = World::new(Shape { backing_len: 0, ..SHAPE });
+    world.image().write(&Nothing, GuestOffset::ZERO, &[1; 30_000]).unwrap();
+    world.create();
+    let header = world.image().header();
+    world.image = None;
+    let bytes = world.store.bytes();
+    let number = |at: u64| u64::from_be_bytes(bytes[at as usize..][..8].try_into().unwrap());
+    let table = first_table(&bytes, header.l1_offset.get());
+    let data = number(table) & 0x00ff_ffff_ffff_fe00;
+    let block = number(header.reftable_offset.get()) as usize;
+    // What the snapshot and the disk share is counted once: it would go with the first of them.
+    for shared in [table, data] {
+        let mut bytes = bytes.clone();
+        let count = &mut bytes[block + shared as usize / 512 * 2..][..2];
+        assert_eq!(count, [0, 2]);
+        count[1] = 1;
+        let store = Arc::new(MemoryStore::new(bytes.clone()));
+        let image = open(store.clone()).unwrap();
+        for result in [image.delete_snapshot("1"), image.apply_snapshot("1")] {
+            let said = result.unwrap_err().to_string();
+            assert!(said.contains("\"s1\""), "{said}");
+        }
+        assert!(store.bytes() == bytes, "the file has changed");
+    }
+}
