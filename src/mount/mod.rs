@@ -18,6 +18,7 @@ mod session;
 mod stacked;
 mod state;
 mod tree;
+mod twin;
 mod view_files;
 
 pub use attach::{Audience, Detach, MountFlag, detach};

@@ -8,11 +8,13 @@ mod lock;
 mod mapping;
 #[cfg(test)]
 pub(crate) mod memory;
+mod temporary;
 
 pub use absent::Absent;
 pub use file::{Access, FileId, FileStore};
 pub use lock::{LockMode, holders};
 pub use mapping::MappedRun;
+pub use temporary::TemporaryDirectory;
 
 use std::io;
 use std::ops::Range;

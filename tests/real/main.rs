@@ -40,6 +40,7 @@ mod reading;
 mod refusals;
 mod reverse;
 mod revert;
+mod scratch;
 mod single_file;
 mod sizes;
 mod snapshot_oddities;
