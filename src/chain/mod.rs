@@ -3,6 +3,7 @@
 mod address;
 mod backing_name;
 mod compose;
+mod copy;
 mod diff;
 mod extents;
 mod member;

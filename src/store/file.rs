@@ -150,7 +150,6 @@ impl FileStore {
         self.file.set_len(0)
     }
 
-    #[cfg(test)]
     pub(super) fn file(&self) -> &File {
         &self.file
     }

@@ -4,6 +4,7 @@
 mod support;
 
 mod cli_check;
+mod cli_clone;
 mod cli_create;
 mod cli_diff;
 mod cli_info;
@@ -41,6 +42,7 @@ mod refusals;
 mod reverse;
 mod revert;
 mod scratch;
+mod scratch_changes;
 mod single_file;
 mod sizes;
 mod snapshot_oddities;

@@ -19,6 +19,7 @@ pub use self::change::Changed;
 pub use self::handles::{Caching, Handle, OpenFor, PastEnd};
 pub use self::lookup::Entry;
 use self::opened::Handles;
+pub use self::scratch::STILL_DISK;
 pub use self::shape::Outdated;
 use self::shape::Shape;
 use super::documents;

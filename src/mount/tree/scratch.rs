@@ -7,8 +7,8 @@ use super::{Directory, TreeOptions, What};
 use crate::error::Result;
 use crate::mount::inode::Inode;
 
-/// A file in the directory of each twin that is not listed: see [`What::StillDisk`].
-pub(in crate::mount) const STILL_DISK: &str = ".still.raw";
+/// The name of a file in the directory of each twin that is not listed: its disk, which nobody can write while it is open.
+pub const STILL_DISK: &str = ".still.raw";
 
 /// Whether there is `scratch/`.
 #[derive(Clone, Copy, PartialEq, Eq)]
