@@ -96,6 +96,7 @@ fn mount_options(image: &Path, mountpoint: &Path) -> MountOptions {
             ownership: Ownership { uid, gid, umask: 0o027 },
             growth: Growth::Fixed,
             discard: DiscardMode::Unmap,
+            scratch: None,
         },
         audience: Audience::Owner,
         flags: Vec::new(),

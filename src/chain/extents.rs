@@ -2,7 +2,7 @@
 
 use super::view::View;
 use crate::error::{At, Result};
-use crate::image::{Content, Tree};
+use crate::image::Content;
 use crate::units::{GuestOffset, GuestRange};
 
 /// A run of a view that one member decides on.
@@ -48,11 +48,11 @@ impl View {
                 return Ok(found(len, run.content));
             }
             // Behind the end of a shorter member nothing shows through, whatever lies deeper.
-            match members.get(index + 1) {
-                Some(next) if range.start.get() < next.size() => {
-                    len = len.min(next.size() - range.start.get());
+            match self.chain().below(index + 1) {
+                Some((below, size)) if range.start.get() < size => {
+                    len = len.min(size - range.start.get());
                     index += 1;
-                    tree = Tree::Active;
+                    tree = below;
                 }
                 _ => return Ok(found(len, run.content)),
             }

@@ -4,6 +4,7 @@ mod address;
 mod backing_name;
 mod base_record;
 mod compose;
+mod copy;
 mod diff;
 mod extents;
 mod member;
@@ -12,6 +13,7 @@ mod overlay;
 mod policy;
 mod resolved;
 mod secrets;
+mod twin;
 mod unlock;
 mod view;
 
@@ -32,12 +34,14 @@ use std::sync::Arc;
 
 use self::resolved::ResolvedMaps;
 use crate::error::{Error, Problem, Result};
-use crate::image::{Image, SnapshotTree};
+use crate::image::{Image, SnapshotTree, Tree};
 
 /// An open chain. It has at least one member.
 pub struct Chain {
     /// A chain that grows out of this one shares them.
     members: Vec<Arc<Member>>,
+    /// What shows through the top is this snapshot of member 1 rather than its present: the chain of a scratch twin.
+    below_top: Option<Arc<SnapshotTree>>,
     resolved: ResolvedMaps,
 }
 
@@ -47,7 +51,7 @@ impl Chain {
     }
 
     fn of_shared(members: Vec<Arc<Member>>) -> Self {
-        Self { resolved: ResolvedMaps::new(members.len()), members }
+        Self { resolved: ResolvedMaps::new(members.len()), below_top: None, members }
     }
 
     fn resolved(&self) -> &ResolvedMaps {
@@ -85,7 +89,8 @@ impl Chain {
     /// [`Problem::NoSuchMember`].
     pub fn view(self: &Arc<Self>, index: usize) -> Result<View> {
         self.check_member(index)?;
-        Ok(View::new(self.clone(), index, None))
+        let snapshot = self.below_top.clone().filter(|_| index == 1);
+        Ok(View::new(self.clone(), index, snapshot))
     }
 
     /// The view of an internal snapshot of member `index`.
@@ -99,6 +104,14 @@ impl Chain {
     ) -> Result<View> {
         self.check_member(index)?;
         Ok(View::new(self.clone(), index, Some(snapshot)))
+    }
+
+    /// What shows through the members above `index`: its tree, and that one's size in bytes.
+    fn below(&self, index: usize) -> Option<(Tree<'_>, u64)> {
+        match &self.below_top {
+            Some(snapshot) if index == 1 => Some((Tree::Snapshot(snapshot), snapshot.size())),
+            _ => self.members.get(index).map(|member| (Tree::Active, member.size())),
+        }
     }
 
     fn check_member(&self, index: usize) -> Result<()> {

@@ -15,6 +15,8 @@ use crate::units::{GuestOffset, GuestRange};
 const PIECE: u64 = 32 << 20;
 /// Bytes of memory for all pieces of all views of a chain.
 const MAX_BYTES: usize = 16 << 20;
+/// The same for a scratch twin, of which there may be many beside the chain itself.
+const MAX_BYTES_OF_TWIN: usize = 1 << 20;
 
 /// The pieces of all views of a chain that were looked at last.
 pub(super) struct ResolvedMaps {
@@ -25,6 +27,7 @@ pub(super) struct ResolvedMaps {
 struct Kept {
     pieces: LruCache<Key, Arc<Piece>>,
     bytes: usize,
+    max_bytes: usize,
 }
 
 /// A view and the number of one of its pieces.
@@ -47,7 +50,16 @@ struct Piece {
 impl ResolvedMaps {
     /// Maps of a chain of `members` members, of which nothing is resolved yet.
     pub fn new(members: usize) -> Self {
-        let kept = Kept { pieces: LruCache::unbounded(), bytes: 0 };
+        Self::within(MAX_BYTES, members)
+    }
+
+    /// The same for the chain of a scratch twin.
+    pub fn of_twin(members: usize) -> Self {
+        Self::within(MAX_BYTES_OF_TWIN, members)
+    }
+
+    fn within(max_bytes: usize, members: usize) -> Self {
+        let kept = Kept { pieces: LruCache::unbounded(), bytes: 0, max_bytes };
         Self { kept: Mutex::new(kept), next: AtomicU64::new(members as u64) }
     }
 
@@ -93,7 +105,7 @@ impl Kept {
         if let Some((_, old)) = self.pieces.push(key, piece) {
             self.bytes -= old.bytes();
         }
-        while self.bytes > MAX_BYTES && self.pieces.len() > 1 {
+        while self.bytes > self.max_bytes && self.pieces.len() > 1 {
             let Some((_, old)) = self.pieces.pop_lru() else { break };
             self.bytes -= old.bytes();
         }

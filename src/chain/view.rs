@@ -27,6 +27,10 @@ impl View {
         snapshot: Option<Arc<SnapshotTree>>,
     ) -> Self {
         let map = match &snapshot {
+            // Below a twin there is no other view of that member.
+            Some(_) if member == 1 && chain.below_top.is_some() => {
+                Some(ResolvedMaps::of_member(member))
+            }
             Some(_) => Some(chain.resolved().of_another()),
             None if member == 0 && chain.is_writable() => None,
             None => Some(ResolvedMaps::of_member(member)),
@@ -162,6 +166,7 @@ impl View {
     fn change(&self, f: impl FnOnce(&Image, &dyn Below) -> Result<()>) -> Result<()> {
         let path = self.chain.members()[self.member].path();
         let image = self.writable_image().at(path)?;
+        let _in_use = self.keep_snapshot()?;
         f(image, &Backing::of(&self.chain)).at(path)
     }
 
@@ -178,10 +183,11 @@ impl View {
         self.writable_image().ok().map(|image| image.keep_mapping(range))
     }
 
-    /// A snapshot must not be deleted under a reader.
+    /// A snapshot must not be deleted under a reader, be it a scratch twin's.
     fn keep_snapshot(&self) -> Result<Option<SnapshotInUse<'_>>> {
         let path = self.chain.members()[self.member].path();
-        self.snapshot.as_ref().map(|snapshot| snapshot.keep()).transpose().at(path)
+        let snapshot = self.snapshot.as_ref().or(self.chain.below_top.as_ref());
+        snapshot.map(|snapshot| snapshot.keep()).transpose().at(path)
     }
 
     /// Where its resolved map is kept, if it can't change.

@@ -2,6 +2,7 @@
 
 mod background;
 mod check;
+mod clone;
 mod create;
 mod diff;
 mod exit;
@@ -57,6 +58,7 @@ enum Verb {
     Map(map::Arguments),
     Diff(diff::Arguments),
     Check(check::Arguments),
+    Clone(clone::Arguments),
     Create(create::Arguments),
     Resize(resize::Arguments),
     Overlay(overlay::Arguments),
@@ -102,6 +104,7 @@ pub fn run(arguments: impl Iterator<Item = OsString>) -> ExitCode {
         Verb::Map(arguments) => finish(map::run(&arguments)),
         Verb::Diff(arguments) => finish(diff::run(&arguments)),
         Verb::Check(arguments) => check::run(&arguments),
+        Verb::Clone(arguments) => finish(clone::run(&arguments)),
         Verb::Create(arguments) => finish(create::run(&arguments)),
         Verb::Resize(arguments) => finish(resize::run(&arguments)),
         Verb::Overlay(arguments) => finish(overlay::run(&arguments)),

@@ -18,6 +18,7 @@ use crate::chain::{Address, Chain, Layer, MemberChoice, OpenOptions, View};
 use crate::error::{Doing, Error, Problem, Result};
 use crate::image::Writability;
 use crate::mount::{MountOptions, Ownership, Session, Stop, TreeOptions};
+use crate::store::TemporaryDirectory;
 
 const READ_ONLY: Writability = Writability::ReadOnly;
 
@@ -136,7 +137,7 @@ impl Plan {
         let (root, first_member) = self.open_root()?;
         self.look_at_bases(root.chain())?;
         let signals = block_signals()?;
-        let session = Session::mount(root, &self.mount_options(first_member))?;
+        let session = Session::mount(root, &self.mount_options(first_member)?)?;
         stop_on(signals, session.stop())?;
         // The kernel queues what is asked before the first thread listens: the mount answers from here on.
         if let Err(error) = ready() {
@@ -216,10 +217,14 @@ impl Plan {
         if is_top(&chain, &self.address.image) { Ok(chain) } else { Err(not_the_top(&chain)) }
     }
 
-    fn mount_options(&self, first_member: usize) -> MountOptions {
+    fn mount_options(&self, first_member: usize) -> Result<MountOptions> {
         let options = &self.options;
+        let scratch = match &options.scratch {
+            Some(directory) => Some(Arc::new(TemporaryDirectory::open(directory)?)),
+            None => None,
+        };
         let cores = thread::available_parallelism().map_or(1, usize::from);
-        MountOptions {
+        Ok(MountOptions {
             mountpoint: self.mountpoint.clone(),
             tree: TreeOptions {
                 image: self.address.image.clone(),
@@ -231,12 +236,13 @@ impl Plan {
                 },
                 growth: options.growth,
                 discard: options.discard,
+                scratch,
             },
             audience: options.audience,
             flags: options.flags.clone(),
             // A thread that waits for a disk does not answer: there are more than cores.
             threads: options.threads.unwrap_or((cores * 2).clamp(4, 16)),
-        }
+        })
     }
 }
 

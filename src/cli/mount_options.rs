@@ -21,6 +21,9 @@ pub const HELP: &str = "Mount options, separated by commas:\n\
      \u{20}                         image's directory (default)\n\
      backing_policy=allow:DIR  and files in or below DIR (repeatable)\n\
      backing_policy=any|deny   any file; none\n\
+     scratch, scratch=DIR      scratch/ holds writable throwaway twins of the\n\
+     \u{20}                         views, which write to nameless files in DIR\n\
+     \u{20}                         (default: $TMPDIR, or /var/tmp)\n\
      discard=unmap|ignore      discards give host space back (default); not\n\
      strict                    refuse a chain with a backing file that was\n\
      \u{20}                         changed since its overlay was made\n\
@@ -51,6 +54,8 @@ pub struct Options {
     pub policy: BackingPolicy,
     /// `discard=`.
     pub discard: DiscardMode,
+    /// `scratch`, `scratch=`: the directory for what is written to twins.
+    pub scratch: Option<PathBuf>,
     /// `lock=`.
     pub sharing: Sharing,
     /// `strict`.
@@ -92,6 +97,7 @@ impl Default for Options {
             umask: 0o027,
             policy: BackingPolicy::default(),
             discard: DiscardMode::Unmap,
+            scratch: None,
             sharing: Sharing::Locked,
             changed_bases: ChangedBases::Warn,
             secrets: Secrets::default(),
@@ -144,6 +150,10 @@ impl Options {
             }
             ("discard", Some("unmap")) => self.discard = DiscardMode::Unmap,
             ("discard", Some("ignore")) => self.discard = DiscardMode::Ignore,
+            ("scratch", None) => self.scratch = Some(temporary_directory()),
+            ("scratch", Some(directory)) if !directory.is_empty() => {
+                self.scratch = Some(PathBuf::from(directory));
+            }
             ("lock", Some("on")) => self.sharing = Sharing::Locked,
             ("lock", Some("off")) => self.sharing = Sharing::Forced,
             ("backing_policy", Some(value)) => self.take_policy(value)?,
@@ -153,7 +163,7 @@ impl Options {
                 }
             }
             (
-                "discard" | "lock" | "secret" | "uid" | "gid" | "umask" | "threads"
+                "discard" | "lock" | "scratch" | "secret" | "uid" | "gid" | "umask" | "threads"
                 | "backing_policy",
                 _,
             ) => {
@@ -188,6 +198,12 @@ impl Options {
         };
         Ok(())
     }
+}
+
+/// Where temporary files go that may become large: /tmp is often in memory.
+fn temporary_directory() -> PathBuf {
+    let named = std::env::var_os("TMPDIR").filter(|directory| !directory.is_empty());
+    named.map_or_else(|| PathBuf::from("/var/tmp"), PathBuf::from)
 }
 
 /// Which members the key `secret` or `secret[M]` of an option is about.

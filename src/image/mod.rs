@@ -144,6 +144,11 @@ impl Image {
         self.writability == Writability::Writable && !self.is_retired()
     }
 
+    /// Writes nothing any more, also not what is in memory: nobody is ever going to open the image again.
+    pub fn abandon(&self) {
+        self.closed.store(true, Ordering::Release);
+    }
+
     /// Grows whenever the mapping of the active layer changes.
     pub fn generation(&self) -> u64 {
         self.generation.load(Ordering::Acquire)

@@ -10,7 +10,7 @@ use crate::error::Result;
 
 /// The content of a view's `info.json`.
 pub fn view_info(files: &ViewFiles, image: &Path) -> Result<Vec<u8>> {
-    let view = &files.view;
+    let view = files.original();
     let member = &view.chain().members()[view.member()];
     let created = jiff::Timestamp::try_from(view.time()?).ok();
     let mut info = json!({
@@ -20,8 +20,11 @@ pub fn view_info(files: &ViewFiles, image: &Path) -> Result<Vec<u8>> {
         "file": member.path().display().to_string(),
         "format": member.format().to_string(),
         "created": created.map(|time| time.to_string()),
-        "read-only": !view.is_writable(),
+        "read-only": !files.is_writable(),
     });
+    if let (Some(twin), Some(object)) = (files.twin(), info.as_object_mut()) {
+        object.insert("scratch".to_owned(), json!({ "changed": twin.is_changed() }));
+    }
     if let (Some(snapshot), Some(object)) = (view.snapshot(), info.as_object_mut()) {
         let entry = snapshot.entry();
         let value = json!({

@@ -231,7 +231,7 @@ impl Filesystem for Fuse {
             let len = tree.write(Handle(handle.0), offset, data)?;
             // The bit of O_DSYNC is part of O_SYNC, too.
             if flags.0 & libc::O_DSYNC != 0 {
-                tree.sync()?;
+                tree.sync_file(Handle(handle.0))?;
             }
             Ok(len)
         });
@@ -268,12 +268,12 @@ impl Filesystem for Fuse {
         &self,
         _request: &Request,
         inode: INodeNo,
-        _handle: FileHandle,
+        handle: FileHandle,
         _datasync: bool,
         reply: ReplyEmpty,
     ) {
         let _turn = self.crew.turn(0);
-        let synced = self.answer("fsync", inode, |tree| tree.sync());
+        let synced = self.answer("fsync", inode, |tree| tree.sync_file(Handle(handle.0)));
         reply!(reply, synced, () => reply.ok());
     }
 

@@ -10,6 +10,9 @@ use std::process;
 
 use super::mount_table;
 
+/// How a scratch twin is called that keeps what it is a twin of in use.
+pub const TWIN: &str = "a scratch twin that is being written or holds changes";
+
 /// Everything that holds a file under `mountpoint`, an absolute path without links: processes as
 /// "bash (pid 123)", loop devices as "/dev/loop3", other mounts as "the mount on /mnt/x/y".
 ///

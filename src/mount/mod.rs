@@ -18,6 +18,7 @@ mod session;
 mod stacked;
 mod state;
 mod tree;
+mod twin;
 mod view_files;
 
 pub use attach::{Audience, Detach, MountFlag, detach};
@@ -27,5 +28,5 @@ pub use session::{MountOptions, Session, Stop};
 pub use state::{control_socket, open_process, server};
 pub use tree::{
     Attributes, Caching, Changed, DiscardMode, Entry, Growth, Handle, Kind, Layout, Lifetime,
-    OpenFor, Outdated, Ownership, PastEnd, Statistics, Tree, TreeOptions,
+    OpenFor, Outdated, Ownership, PastEnd, STILL_DISK, Statistics, Tree, TreeOptions,
 };

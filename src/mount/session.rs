@@ -17,7 +17,7 @@ use super::fuse::Fuse;
 use super::live::Live;
 use super::mount_table::{MountEntry, our_mount};
 use super::state::State;
-use super::tree::{Outdated, Tree, TreeOptions};
+use super::tree::{Layout, Outdated, Tree, TreeOptions};
 use crate::chain::{Chain, View};
 use crate::control::Server;
 use crate::error::{At, Doing, Error, Problem, Result};
@@ -72,9 +72,15 @@ impl Session {
     /// A mountpoint that can't be used, or no FUSE.
     pub fn mount(root: View, options: &MountOptions) -> Result<Self> {
         let chain = root.chain().clone();
-        let writability =
-            if root.is_writable() { Writability::Writable } else { Writability::ReadOnly };
         let layout = layout_at(&options.mountpoint)?;
+        if options.tree.scratch.is_some() && layout == Layout::File {
+            return Err(Error::usage("a mount that is a file has no room for scratch twins"));
+        }
+        // Twins can be written where the images are not.
+        let writability = match root.is_writable() || options.tree.scratch.is_some() {
+            true => Writability::Writable,
+            false => Writability::ReadOnly,
+        };
         check_is_no_member(&options.mountpoint, &chain)?;
         let tree = Arc::new(Tree::new(root, layout, options.tree.clone())?);
         let connection = attach(

@@ -2,18 +2,20 @@
 
 use std::collections::HashMap;
 use std::io::{self, Read, Seek, SeekFrom};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::partitions::{self, Partition};
+use super::twin::Twin;
 use crate::chain::View;
 use crate::units::{GuestOffset, GuestRange};
 
 /// A view with what has been found out about it.
 pub struct ViewFiles {
-    /// The view.
-    pub view: View,
-    /// Its address below the mountpoint's image: "", "[1]", "[1]@one".
+    /// The view, or what the twin is a twin of.
+    original: View,
+    twin: Option<Arc<Twin>>,
+    /// The view's address below the mountpoint's image: "", "[1]", "[1]@one".
     pub address: String,
     partitions: Mutex<Option<Found<Vec<Partition>>>>,
     allocated: Mutex<HashMap<GuestRange, Found<Option<u64>>>>,
@@ -30,7 +32,38 @@ struct Found<T> {
 
 impl ViewFiles {
     pub fn new(view: View, address: String) -> Self {
-        Self { view, address, partitions: Mutex::new(None), allocated: Mutex::new(HashMap::new()) }
+        Self {
+            original: view,
+            twin: None,
+            address,
+            partitions: Mutex::new(None),
+            allocated: Mutex::new(HashMap::new()),
+        }
+    }
+
+    /// The files of a writable twin of a view.
+    pub fn of_twin(original: View, address: String, twin: Arc<Twin>) -> Self {
+        Self { twin: Some(twin), ..Self::new(original, address) }
+    }
+
+    /// The view as the files show it now.
+    pub fn view(&self) -> &View {
+        self.twin().and_then(|twin| twin.view()).unwrap_or(&self.original)
+    }
+
+    /// The view that the twin is one of; the view itself, where it is none.
+    pub fn original(&self) -> &View {
+        &self.original
+    }
+
+    /// What makes it a twin, if it is one.
+    pub fn twin(&self) -> Option<&Arc<Twin>> {
+        self.twin.as_ref()
+    }
+
+    /// Whether the files can be written.
+    pub fn is_writable(&self) -> bool {
+        self.twin.is_some() || self.original.is_writable()
     }
 
     /// The partitions, as the view's table has them now.
@@ -42,8 +75,8 @@ impl ViewFiles {
         {
             return found.value.clone();
         }
-        let disk = Reader { view: &self.view, at: 0 };
-        let found = Found::find(writes, || partitions::find(disk, self.view.size()));
+        let disk = Reader { view: self.view(), at: 0 };
+        let found = Found::find(writes, || partitions::find(disk, self.original.size()));
         let value = found.value.clone();
         let mut known = lock(&self.partitions);
         if found.is_newer_than(known.as_ref()) {
@@ -56,14 +89,15 @@ impl ViewFiles {
     ///
     /// On a view that is being written the answer may be a moment old where finding it out takes long.
     pub fn allocated(&self, range: GuestRange) -> Option<u64> {
-        let changes = self.view.generation();
+        let view = self.view();
+        let changes = view.generation();
         if let Some(found) = lock(&self.allocated).get(&range)
             && found.is_good_enough(changes)
         {
             return found.value;
         }
         let found = Found::find(changes, || {
-            let counted = self.view.allocated(range);
+            let counted = view.allocated(range);
             counted.inspect_err(|error| log::error!("count what is allocated: {error}")).ok()
         });
         let value = found.value;

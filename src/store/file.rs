@@ -23,6 +23,16 @@ pub struct FileStore {
     id: FileId,
     /// Made when first asked for; `None` if it can't be had.
     mapping: OnceLock<Option<Arc<Mapping>>>,
+    lasting: Lasting,
+}
+
+/// How long what is written to a file shall last.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Lasting {
+    /// Through power cuts.
+    Forever,
+    /// As long as it is open: nobody could find it after a power cut, so that a sync has nothing to do.
+    WhileOpen,
 }
 
 /// What a file is opened for.
@@ -81,7 +91,7 @@ impl FileStore {
                 return Err(Error::new(problem));
             }
         };
-        Self::from_file(file)
+        Self::from_file(file, Lasting::Forever)
     }
 
     /// Makes a new, empty file, open for writing.
@@ -98,16 +108,16 @@ impl FileStore {
                 Error::new(problem)
             },
         )?;
-        Self::from_file(file)
+        Self::from_file(file, Lasting::Forever)
     }
 
-    fn from_file(file: File) -> Result<Self> {
+    pub(super) fn from_file(file: File, lasting: Lasting) -> Result<Self> {
         let metadata = file.metadata().doing("look at it")?;
         if !metadata.is_file() {
             return Err(Error::new(Problem::NotARegularFile));
         }
         let id = FileId { device: metadata.dev(), inode: metadata.ino() };
-        Ok(Self { file, id, mapping: OnceLock::new() })
+        Ok(Self { file, id, mapping: OnceLock::new(), lasting })
     }
 
     /// Takes QEMU's image locks (see [`LockMode`]); they last as long as this value.
@@ -138,6 +148,10 @@ impl FileStore {
     /// The operating system's answer.
     pub fn clear(&self) -> io::Result<()> {
         self.file.set_len(0)
+    }
+
+    pub(super) fn file(&self) -> &File {
+        &self.file
     }
 
     /// Which file this is.
@@ -202,7 +216,10 @@ impl Store for FileStore {
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.file.sync_data()
+        match self.lasting {
+            Lasting::Forever => self.file.sync_data(),
+            Lasting::WhileOpen => Ok(()),
+        }
     }
 
     fn punch_hole(&self, offset: HostOffset, len: u64) -> io::Result<()> {

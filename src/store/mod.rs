@@ -8,11 +8,15 @@ mod lock;
 mod mapping;
 #[cfg(test)]
 pub(crate) mod memory;
+mod new_file;
+mod temporary;
 
 pub use absent::Absent;
 pub use file::{Access, FileId, FileStore};
 pub use lock::{LockMode, holders};
 pub use mapping::MappedRun;
+pub use new_file::NewFile;
+pub use temporary::TemporaryDirectory;
 
 use std::io;
 use std::ops::Range;

@@ -281,3 +281,18 @@ fn a_key_that_nothing_needs_changes_nothing() {
     reads_as(&mounted.disk(), &plain);
     mounted.umount();
 }
+
+#[test]
+fn what_is_written_to_a_twin_of_an_encrypted_disk_would_not_be_encrypted_so_nothing_is() {
+    let images = Images::new();
+    let (image, bytes) = encrypted(&images, "disk.qcow2", "sesame", LUKS);
+    let key = key_file(&images, "key", "sesame");
+    let mut options = with_secret(key);
+    options.extend(args!["-o", "scratch"]);
+    let mounted = Mounted::with(&options, &image);
+    let twin = mounted.path("scratch/disk.raw");
+    holds(&twin, &bytes);
+    let error = fs::File::options().write(true).open(&twin).expect_err("it can't be written");
+    assert_eq!(error.raw_os_error(), Some(nix::libc::EOPNOTSUPP));
+    mounted.umount();
+}

@@ -4,6 +4,7 @@
 mod support;
 
 mod cli_check;
+mod cli_clone;
 mod cli_create;
 mod cli_diff;
 mod cli_info;
@@ -40,6 +41,8 @@ mod reading;
 mod refusals;
 mod reverse;
 mod revert;
+mod scratch;
+mod scratch_changes;
 mod seal;
 mod single_file;
 mod sizes;

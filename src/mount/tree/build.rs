@@ -6,10 +6,11 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, OnceLock, RwLock};
 
-use super::handles::Handles;
+use super::opened::Handles;
+use super::scratch::{STILL_DISK, Side, Twins};
 use super::shape::Shape;
 use super::{Directory, Document, Layout, Node, Partitions, Tree, TreeOptions, What, Window};
-use crate::chain::{Chain, SnapshotChoice, View};
+use crate::chain::{Chain, Member, SnapshotChoice, View};
 use crate::error::{Error, Result};
 use crate::image::SnapshotTree;
 use crate::mount::inode::Inode;
@@ -26,7 +27,8 @@ impl Tree {
             return Err(Error::usage("the root of a tree is a view of member 0"));
         }
         let root_identity = member_identity(root.chain(), 0);
-        let plan = Plan { layout, first_member: options.first_member, root_identity };
+        let twins = Twins::of(&options);
+        let plan = Plan { layout, twins, first_member: options.first_member, root_identity };
         let shape = plan.build(root, None, None)?;
         Ok(Self {
             options,
@@ -44,6 +46,7 @@ impl Tree {
 /// What stays the same of a tree, whatever becomes of its chain.
 pub(super) struct Plan {
     layout: Layout,
+    twins: Twins,
     /// What member 0 of the chain is called in addresses.
     first_member: usize,
     /// The identity of the active disk is that of the first one: its inode goes on when another image takes over.
@@ -60,12 +63,11 @@ impl Plan {
         hidden: Option<&Arc<SnapshotTree>>,
     ) -> Result<Shape> {
         let chain = root.chain().clone();
-        let known = previous.filter(|previous| Arc::ptr_eq(&previous.chain, &chain));
-        let known = known.map(|previous| &previous.views[..]).unwrap_or_default();
+        let views = previous.map(|previous| &previous.views[..]).unwrap_or_default();
         let mut builder = Builder {
             plan: self,
             chain: chain.clone(),
-            known: known.iter().map(|files| (ViewKey::of(&files.view), files.clone())).collect(),
+            known: views.iter().map(|files| (ViewKey::of(files), files.clone())).collect(),
             hidden,
             views: Vec::new(),
             nodes: HashMap::new(),
@@ -81,26 +83,33 @@ impl Plan {
     }
 }
 
-struct Builder<'a> {
+pub(super) struct Builder<'a> {
     plan: &'a Plan,
-    chain: Arc<Chain>,
-    /// Views of the same chain that were there before.
+    pub chain: Arc<Chain>,
+    /// What was there before.
     known: HashMap<ViewKey, Arc<ViewFiles>>,
     hidden: Option<&'a Arc<SnapshotTree>>,
-    views: Vec<Arc<ViewFiles>>,
+    pub views: Vec<Arc<ViewFiles>>,
     nodes: HashMap<Inode, Node>,
 }
 
-/// Tells the views of a chain apart.
+/// Tells views and twins apart, wherever in a chain their members are.
 #[derive(PartialEq, Eq, Hash)]
 struct ViewKey {
-    member: usize,
+    side: Side,
+    member: *const Member,
     snapshot: Option<*const SnapshotTree>,
 }
 
 impl ViewKey {
-    fn of(view: &View) -> Self {
-        Self { member: view.member(), snapshot: view.snapshot().map(std::ptr::from_ref) }
+    fn of(files: &ViewFiles) -> Self {
+        let side = if files.twin().is_some() { Side::Twins } else { Side::Views };
+        Self::new(side, files.original())
+    }
+
+    fn new(side: Side, view: &View) -> Self {
+        let member = Arc::as_ptr(&view.chain().members()[view.member()]);
+        Self { side, member, snapshot: view.snapshot().map(std::ptr::from_ref) }
     }
 }
 
@@ -108,9 +117,12 @@ impl Builder<'_> {
     fn root(&mut self, view: View) -> Result<()> {
         let active = self.add_view(view);
         let mut root = self.view_directory(active, Inode::ROOT);
-        let snapshots = self.snapshots_directory(0, active, Inode::ROOT)?;
+        let snapshots = self.snapshots_directory(Side::Views, 0, active, Inode::ROOT)?;
         root.children.insert("snapshots".into(), snapshots);
         root.children.insert("chain".into(), self.chain_directory(active)?);
+        if self.plan.twins == Twins::Shown {
+            root.children.insert("scratch".into(), self.scratch_directory(active)?);
+        }
         root.hidden.insert(".qchainfs".into(), self.hidden_directory(active));
         let what = What::Directory(root);
         let node = Node { inode: Inode::ROOT, parent: Inode::ROOT, view: active, what };
@@ -122,19 +134,31 @@ impl Builder<'_> {
         let inode = self.reserve(&[b"chain"]);
         let mut children = BTreeMap::new();
         children.insert("0".to_owned(), self.links_to_root(active, inode));
-        for index in 1..self.chain.members().len() {
-            let view = self.add_view(self.chain.view(index)?);
-            let member = self.reserve(&[&self.member_identity(index), b"directory"]);
-            let mut directory = self.view_directory(view, member);
-            let snapshots = self.snapshots_directory(index, view, member)?;
-            directory.children.insert("snapshots".into(), snapshots);
-            self.put(member, inode, view, What::Directory(directory));
-            children.insert(index.to_string(), member);
-        }
+        self.member_directories(Side::Views, inode, &mut children)?;
         children.insert("by-name".to_owned(), self.by_name_directory(active, inode));
         let directory = Directory { children, ..Directory::default() };
         self.put(inode, Inode::ROOT, active, What::Directory(directory));
         Ok(inode)
+    }
+
+    /// The directories of all members but the active layer.
+    pub fn member_directories(
+        &mut self,
+        side: Side,
+        parent: Inode,
+        children: &mut BTreeMap<String, Inode>,
+    ) -> Result<()> {
+        for index in 1..self.chain.members().len() {
+            let view = self.add(side, self.chain.view(index)?);
+            let identity = side.mark(self.member_identity(index));
+            let member = self.reserve(&[&identity, b"directory"]);
+            let mut directory = self.view_directory(view, member);
+            let snapshots = self.snapshots_directory(side, index, view, member)?;
+            directory.children.insert("snapshots".into(), snapshots);
+            self.put(member, parent, view, What::Directory(directory));
+            children.insert(index.to_string(), member);
+        }
+        Ok(())
     }
 
     /// `chain/0`: links, so that no byte has two inodes and no directory contains itself.
@@ -188,8 +212,15 @@ impl Builder<'_> {
         inode
     }
 
-    fn snapshots_directory(&mut self, index: usize, view: usize, parent: Inode) -> Result<Inode> {
-        let inode = self.reserve(&[&self.member_identity(index), b"snapshots"]);
+    pub fn snapshots_directory(
+        &mut self,
+        side: Side,
+        index: usize,
+        view: usize,
+        parent: Inode,
+    ) -> Result<Inode> {
+        let identity = side.mark(self.member_identity(index));
+        let inode = self.reserve(&[&identity, b"snapshots"]);
         let mut children = BTreeMap::new();
         let snapshots = self.chain.members()[index].image().map(|image| image.snapshots());
         for snapshot in snapshots.unwrap_or_default() {
@@ -197,7 +228,7 @@ impl Builder<'_> {
                 continue;
             }
             let entry = snapshot.entry().clone();
-            let view = self.add_view(self.chain.snapshot_view(index, snapshot)?);
+            let view = self.add(side, self.chain.snapshot_view(index, snapshot)?);
             let directory = self.reserve(&[&self.view_identity(view), b"directory"]);
             let files = self.view_directory(view, directory);
             self.put(directory, inode, view, What::Directory(files));
@@ -209,7 +240,7 @@ impl Builder<'_> {
     }
 
     /// The files that every view has; `inode` is the directory they are in.
-    fn view_directory(&mut self, view: usize, inode: Inode) -> Directory {
+    pub fn view_directory(&mut self, view: usize, inode: Inode) -> Directory {
         let identity = self.view_identity(view);
         let disk = self.reserve(&[&identity, b"disk.raw"]);
         self.put(disk, inode, view, What::Disk(Window::Whole));
@@ -217,7 +248,13 @@ impl Builder<'_> {
         self.put(info, inode, view, What::Document(Document::ViewInfo));
         let children =
             BTreeMap::from([("disk.raw".to_owned(), disk), ("info.json".to_owned(), info)]);
-        Directory { children, partitions: Partitions::Files, ..Directory::default() }
+        let mut hidden = BTreeMap::new();
+        if self.views[view].twin().is_some() {
+            let still = self.reserve(&[&identity, STILL_DISK.as_bytes()]);
+            self.put(still, inode, view, What::StillDisk);
+            hidden.insert(STILL_DISK.to_owned(), still);
+        }
+        Directory { children, hidden, partitions: Partitions::Files }
     }
 
     fn link(&mut self, identity: &[&[u8]], parent: Inode, view: usize, target: PathBuf) -> Inode {
@@ -227,10 +264,11 @@ impl Builder<'_> {
     }
 
     fn add_view(&mut self, view: View) -> usize {
-        if let Some(files) = self.known.remove(&ViewKey::of(&view)) {
-            self.views.push(files);
-            return self.views.len() - 1;
-        }
+        self.add(Side::Views, view)
+    }
+
+    pub fn add(&mut self, side: Side, view: View) -> usize {
+        let known = self.known.remove(&ViewKey::new(side, &view));
         let member = match self.plan.first_member + view.member() {
             0 => String::new(),
             index => format!("[{index}]"),
@@ -243,12 +281,21 @@ impl Builder<'_> {
                 format!("{member}@{}", SnapshotChoice::of(snapshot, &snapshots))
             }
         };
-        self.views.push(Arc::new(ViewFiles::new(view, address)));
+        let files = match (known, side) {
+            (Some(known), _) if Arc::ptr_eq(known.original().chain(), &self.chain) => known,
+            (_, Side::Views) => Arc::new(ViewFiles::new(view, address)),
+            (known, Side::Twins) => {
+                // It goes on in another chain: what was written to it is nowhere else.
+                let twin = known.and_then(|known| known.twin().cloned()).unwrap_or_default();
+                Arc::new(ViewFiles::of_twin(view, address, twin))
+            }
+        };
+        self.views.push(files);
         self.views.len() - 1
     }
 
     /// A free inode number for `identity`, taken until [`Self::put`] fills it.
-    fn reserve(&mut self, identity: &[&[u8]]) -> Inode {
+    pub fn reserve(&mut self, identity: &[&[u8]]) -> Inode {
         let mut inode = Inode::of(identity);
         while self.nodes.contains_key(&inode) {
             inode = inode.next();
@@ -258,7 +305,7 @@ impl Builder<'_> {
         inode
     }
 
-    fn put(&mut self, inode: Inode, parent: Inode, view: usize, what: What) {
+    pub fn put(&mut self, inode: Inode, parent: Inode, view: usize, what: What) {
         self.nodes.insert(inode, Node { inode, parent, view, what });
     }
 
@@ -269,7 +316,8 @@ impl Builder<'_> {
     /// What makes a view the same from mount to mount.
     fn view_identity(&self, view: usize) -> Vec<u8> {
         let is_root = view == 0;
-        let view = &self.views[view].view;
+        let files = &self.views[view];
+        let view = files.original();
         let mut identity = match is_root {
             true => self.plan.root_identity.clone(),
             false => self.member_identity(view.member()),
@@ -281,7 +329,10 @@ impl Builder<'_> {
             identity.push(0);
             identity.extend(entry.name.as_bytes());
         }
-        identity
+        match files.twin() {
+            None => Side::Views.mark(identity),
+            Some(_) => Side::Twins.mark(identity),
+        }
     }
 }
 

@@ -4,13 +4,15 @@ use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard, PoisonError};
 
-use super::handles::NoWriters;
+use super::opened::NoWriters;
+use super::shape::Shape;
 use super::{Outdated, Tree, What};
-use crate::chain::{Chain, Existing, View};
+use crate::chain::{Chain, Existing, Member, View};
 use crate::control::SnapshotName;
 use crate::error::{At, Error, Problem, Result};
 use crate::image::{Image, SnapshotTree};
-use crate::mount::in_use::holders;
+use crate::mount::in_use::{TWIN, holders};
+use crate::mount::view_files::ViewFiles;
 
 /// A change that was made.
 pub struct Changed<T> {
@@ -36,7 +38,7 @@ impl Tree {
     ///
     /// # Errors
     /// [`Problem::NoSuchSnapshot`]; [`Problem::Busy`] while somebody has its disk open (`mountpoint` is where to look for
-    /// him); as [`Image::delete_snapshot`].
+    /// him), or while its scratch twin holds changes; as [`Image::delete_snapshot`].
     pub fn delete_snapshot(
         &self,
         choice: &SnapshotName,
@@ -96,8 +98,8 @@ impl Tree {
     /// and the images above it are no longer part of the chain. Their files stay as they are.
     ///
     /// # Errors
-    /// [`Problem::NoSuchMember`], also for the active layer; [`Problem::Busy`] while somebody could write to the disk;
-    /// as [`Tree::overlay`].
+    /// [`Problem::NoSuchMember`], also for the active layer; [`Problem::Busy`] while somebody could write to the disk, or
+    /// where a scratch twin that holds changes would be gone; as [`Tree::overlay`].
     pub fn revert(
         &self,
         member: &Path,
@@ -115,8 +117,18 @@ impl Tree {
             return Err(error.at(chain.members()[0].path()));
         };
         let _no_writers = self.keep_writers_out(&chain, mountpoint)?;
+        let (lost, _) = chain.members().split_at(below + 1);
+        self.check_twins_of(lost, &self.shape())?;
         let overlay = chain.prepare_overlay(below + 1, file, existing)?;
-        let switched = overlay.put_on_top(|chain| self.show(chain.view(0)?, None));
+        let switched = overlay.put_on_top(|chain| {
+            let old = self.shape();
+            let new = Arc::new(self.plan.build(chain.view(0)?, Some(&old), None)?);
+            let mut shape = self.shape.write().unwrap_or_else(PoisonError::into_inner);
+            // Once more, now that nobody opens any: the image was not made in an instant.
+            self.check_twins_of(lost, &old)?;
+            *shape = new.clone();
+            Ok(old.outdated_by(&new))
+        });
         self.writes.fetch_add(1, Ordering::AcqRel);
         let mut outdated = switched?;
         outdated.extend(self.active_disks());
@@ -130,6 +142,19 @@ impl Tree {
             let holders = holders(mountpoint);
             Error::new(Problem::Busy { holders }).at(chain.members()[0].path())
         })
+    }
+
+    /// Refuses to let `members` go while there are changes in scratch twins of them and of their snapshots, or writers.
+    fn check_twins_of(&self, members: &[Arc<Member>], shape: &Shape) -> Result<()> {
+        let is_lost = |view: &View| {
+            let member = &view.chain().members()[view.member()];
+            members.iter().any(|lost| Arc::ptr_eq(lost, member))
+        };
+        if has_changed_twin(shape, is_lost) || self.handles.has_twin_writer(is_lost) {
+            let holders = vec![TWIN.to_owned()];
+            return Err(Error::new(Problem::Busy { holders }).at(shape.chain.members()[0].path()));
+        }
+        Ok(())
     }
 
     fn change(&self) -> MutexGuard<'_, ()> {
@@ -154,9 +179,13 @@ impl Tree {
         let old = self.shape();
         let new = Arc::new(self.plan.build(chain.view(0)?, Some(&old), Some(snapshot))?);
         let mut shape = self.shape.write().unwrap_or_else(PoisonError::into_inner);
-        if self.handles.has_open(snapshot) {
+        let changed_twin = has_changed_twin(&old, |view| {
+            view.snapshot().is_some_and(|tree| std::ptr::eq(tree, &**snapshot))
+        });
+        if changed_twin || self.handles.has_open(snapshot) {
             drop(shape);
-            let holders = holders(mountpoint);
+            let mut holders = holders(mountpoint);
+            holders.extend(changed_twin.then(|| TWIN.to_owned()));
             return Err(Error::new(Problem::Busy { holders }).at(chain.members()[0].path()));
         }
         *shape = new.clone();
@@ -183,6 +212,12 @@ impl Tree {
 fn writable(chain: &Chain) -> Result<&Image> {
     let image = chain.active_image().filter(|image| image.is_writable());
     image.ok_or_else(|| Error::new(Problem::ReadOnly).at(chain.members()[0].path()))
+}
+
+/// Whether a scratch twin of a view that `is_lost` holds changes.
+fn has_changed_twin(shape: &Shape, is_lost: impl Fn(&View) -> bool) -> bool {
+    let changed = |files: &ViewFiles| files.twin().is_some_and(|twin| twin.is_changed());
+    shape.views.iter().any(|files| changed(files) && is_lost(files.original()))
 }
 
 /// The one snapshot of `image` of which all that `choice` says is true.

@@ -1,13 +1,13 @@
 //! Open files: reads, writes, holes.
 
-use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 
+use super::opened::Open;
 use super::{Attributes, DiscardMode, Growth, Tree, What, Window};
 use crate::chain::View;
 use crate::error::{Error, Problem, Result};
-use crate::image::{SnapshotTree, ZeroMode};
+use crate::image::ZeroMode;
 use crate::mount::inode::Inode;
 use crate::store::MappedRun;
 use crate::units::GuestRange;
@@ -43,93 +43,26 @@ pub enum PastEnd {
     Refuse,
 }
 
-/// The open files of a tree.
-#[derive(Default)]
-pub(super) struct Handles {
-    next: AtomicU64,
-    open: RwLock<HashMap<u64, Arc<Open>>>,
-    /// Nobody may open the active disk for writing. Changes under the lock of `open` only.
-    writers_kept_out: AtomicBool,
-}
-
-/// Nobody opens the active disk for writing until this is dropped.
-pub(super) struct NoWriters<'a>(&'a Handles);
-
-impl Drop for NoWriters<'_> {
-    fn drop(&mut self) {
-        self.0.writers_kept_out.store(false, Ordering::Release);
-    }
-}
-
-enum Open {
-    /// The active disk, whichever image is on top.
-    Active {
-        window: Window,
-        purpose: OpenFor,
-    },
-    /// A view that stays what it is.
-    Disk {
-        view: View,
-        window: Window,
-    },
-    Document(Vec<u8>),
-}
-
-impl Open {
-    fn can_write(&self) -> bool {
-        matches!(self, Self::Active { purpose: OpenFor::Writing, .. })
-    }
-}
-
-impl Handles {
-    fn add(&self, open: Open) -> Result<Handle> {
-        let mut files = self.open.write().unwrap_or_else(PoisonError::into_inner);
-        if open.can_write() && self.writers_kept_out.load(Ordering::Acquire) {
-            return Err(Error::new(Problem::Busy { holders: Vec::new() }));
-        }
-        let number = self.next.fetch_add(1, Ordering::Relaxed);
-        files.insert(number, Arc::new(open));
-        Ok(Handle(number))
-    }
-
-    fn get(&self, handle: Handle) -> Result<Arc<Open>> {
-        let files = self.open.read().unwrap_or_else(PoisonError::into_inner);
-        files.get(&handle.0).cloned().ok_or_else(|| Error::usage("no such open file"))
-    }
-
-    /// Keeps those out who want to write to the active disk, unless there are some.
-    pub fn keep_writers_out(&self) -> Option<NoWriters<'_>> {
-        let files = self.open.write().unwrap_or_else(PoisonError::into_inner);
-        if files.values().any(|open| open.can_write()) {
-            return None;
-        }
-        self.writers_kept_out.store(true, Ordering::Release);
-        Some(NoWriters(self))
-    }
-
-    /// Whether somebody has a disk of that snapshot open.
-    pub fn has_open(&self, snapshot: &SnapshotTree) -> bool {
-        let files = self.open.read().unwrap_or_else(PoisonError::into_inner);
-        files.values().any(|open| match &**open {
-            Open::Disk { view, .. } => {
-                view.snapshot().is_some_and(|tree| std::ptr::eq(tree, snapshot))
-            }
-            _ => false,
-        })
-    }
-}
-
 impl Tree {
     /// Opens a file.
     ///
     /// # Errors
-    /// [`Problem::ReadOnly`] for a write open of anything but the active disk of a writable mount.
+    /// [`Problem::ReadOnly`] for a write open of anything but the active disk of a writable mount and scratch twins; as
+    /// [`View::twin`]; [`Problem::Busy`] while a twin is kept still.
     pub fn open(&self, inode: Inode, purpose: OpenFor) -> Result<(Handle, Caching)> {
+        if purpose == OpenFor::Writing {
+            self.make_twin(inode)?;
+        }
         // Held until the file counts as open: what is open is not taken away.
         let shape = self.shape.read().unwrap_or_else(PoisonError::into_inner);
         let node = self.node(&shape, inode)?;
-        let view = &shape.views[node.view].view;
+        let files = &shape.views[node.view];
+        let view = files.view();
         let (open, caching) = match node.what {
+            What::Disk(window) if files.twin().is_some() => {
+                (Open::Twin { files: files.clone(), window, purpose }, Caching::Nothing)
+            }
+            What::StillDisk => (Open::StillTwin { files: files.clone() }, Caching::Nothing),
             What::Disk(window) if view.is_writable() => {
                 (Open::Active { window, purpose }, Caching::Nothing)
             }
@@ -141,16 +74,44 @@ impl Tree {
                 return Err(Error::usage("not a file"));
             }
         };
-        if purpose == OpenFor::Writing && !matches!(open, Open::Active { .. }) {
+        // A twin is not, where what it is one of was deleted since the beginning and made anew.
+        let can_write = match &open {
+            Open::Active { .. } => true,
+            Open::Twin { files, .. } => files.view().is_writable(),
+            _ => false,
+        };
+        if purpose == OpenFor::Writing && !can_write {
             return Err(Error::new(Problem::ReadOnly));
         }
         Ok((self.handles.add(open)?, caching))
     }
 
+    /// Makes the twin whose disk `inode` is ready to be written, if it is one.
+    fn make_twin(&self, inode: Inode) -> Result<()> {
+        let shape = self.shape();
+        let node = self.node(&shape, inode)?;
+        let files = &shape.views[node.view];
+        match (&node.what, files.twin(), &self.options.scratch) {
+            (What::Disk(_), Some(twin), Some(scratch)) => twin.make(files.original(), scratch),
+            _ => Ok(()),
+        }
+    }
+
+    /// Makes durable what was written to an open file, as far as that means anything: a scratch twin lasts as long as this
+    /// process.
+    ///
+    /// # Errors
+    /// As [`Chain::flush`](crate::chain::Chain::flush).
+    pub fn sync_file(&self, handle: Handle) -> Result<()> {
+        match &*self.handles.get(handle)? {
+            Open::Twin { files, .. } => files.view().chain().flush(),
+            _ => self.chain().flush(),
+        }
+    }
+
     /// Closes a file.
     pub fn close(&self, handle: Handle) {
-        let mut files = self.handles.open.write().unwrap_or_else(PoisonError::into_inner);
-        files.remove(&handle.0);
+        self.handles.remove(handle);
     }
 
     /// Reads up to `buf.len()` bytes from `offset` on; fewer only at the end of the file.
@@ -178,7 +139,10 @@ impl Tree {
     /// What [`Self::read`] would read of `len` bytes, without copying it, where that can be had.
     pub fn mapped(&self, handle: Handle, offset: u64, len: u64) -> Option<MappedRun> {
         match &*self.handles.get(handle).ok()? {
-            Open::Document(_) | Open::Active { .. } => None,
+            Open::Document(_)
+            | Open::Active { .. }
+            | Open::Twin { .. }
+            | Open::StillTwin { .. } => None,
             Open::Disk { view, window } => {
                 let range = window.range(view);
                 let len = range.len.checked_sub(offset)?.min(len);
@@ -192,14 +156,15 @@ impl Tree {
     /// # Errors
     /// [`Problem::OutOfRange`] if there is no room at all; as [`View::write`].
     pub fn write(&self, handle: Handle, offset: u64, data: &[u8]) -> Result<usize> {
-        self.on_disk(&*self.handles.get(handle)?, |view, range| {
+        let open = self.handles.get(handle)?;
+        self.on_disk(&open, |view, range| {
             let len = range.len.saturating_sub(offset).min(data.len() as u64) as usize;
             if len == 0 && !data.is_empty() {
                 let len = data.len() as u64;
                 return Err(Error::new(Problem::OutOfRange { offset, len, size: range.len }));
             }
             let written = view.write(range.start + offset, &data[..len]);
-            self.writes.fetch_add(1, Ordering::AcqRel);
+            self.wrote(&open);
             written.map(|()| len)
         })
     }
@@ -213,9 +178,8 @@ impl Tree {
             DiscardMode::Unmap => ZeroMode::Unmap,
             DiscardMode::Ignore => ZeroMode::Keep,
         };
-        self.on_disk(&*self.handles.get(handle)?, |view, range| {
-            self.make_zero(view, range, offset, len, mode)
-        })
+        let open = self.handles.get(handle)?;
+        self.on_disk(&open, |view, range| self.make_zero(&open, view, range, offset, len, mode))
     }
 
     /// Makes a range read as zero and keeps its space.
@@ -223,17 +187,19 @@ impl Tree {
     /// # Errors
     /// [`Problem::SizeIsFixed`]; as [`View::zero`].
     pub fn zero(&self, handle: Handle, offset: u64, len: u64, past_end: PastEnd) -> Result<()> {
-        self.on_disk(&*self.handles.get(handle)?, |view, range| {
+        let open = self.handles.get(handle)?;
+        self.on_disk(&open, |view, range| {
             if past_end == PastEnd::Refuse && offset.saturating_add(len) > range.len {
                 return Err(Error::new(Problem::SizeIsFixed));
             }
-            self.make_zero(view, range, offset, len, ZeroMode::Keep)
+            self.make_zero(&open, view, range, offset, len, ZeroMode::Keep)
         })
     }
 
     /// Zeroes what of the `len` bytes at `offset` of the file that shows `range` is inside it.
     fn make_zero(
         &self,
+        open: &Open,
         view: &View,
         range: GuestRange,
         offset: u64,
@@ -242,8 +208,16 @@ impl Tree {
     ) -> Result<()> {
         let len = range.len.saturating_sub(offset).min(len);
         let zeroed = view.zero(GuestRange::new(range.start + offset.min(range.len), len), mode);
-        self.writes.fetch_add(1, Ordering::AcqRel);
+        self.wrote(open);
         zeroed
+    }
+
+    /// Notes that the content of an open disk has changed: a partition table may be another.
+    fn wrote(&self, open: &Open) {
+        match open {
+            Open::Twin { files, .. } => files.twin().into_iter().for_each(|twin| twin.wrote()),
+            _ => _ = self.writes.fetch_add(1, Ordering::AcqRel),
+        }
     }
 
     /// The first byte at or behind `offset` that may not be zero (`SEEK_DATA`).
@@ -296,8 +270,12 @@ impl Tree {
             return Ok(old);
         }
         let What::Disk(window) = node.what else { return Err(Error::new(Problem::ReadOnly)) };
-        if !shape.views[node.view].view.is_writable() {
+        let files = &shape.views[node.view];
+        if !files.is_writable() {
             return Err(Error::new(Problem::ReadOnly));
+        }
+        if files.twin().is_some() {
+            return Err(Error::new(Problem::SizeIsFixed));
         }
         if self.options.growth == Growth::Fixed || window != Window::Whole || size < old.size {
             return Err(Error::new(Problem::SizeIsFixed));
@@ -329,6 +307,11 @@ impl Tree {
             let (done, chain) = match open {
                 Open::Document(_) => return Err(Error::new(Problem::ReadOnly)),
                 Open::Disk { view, window } => return f(view, window.range(view)),
+                Open::Twin { files, window, .. } => {
+                    let view = files.view();
+                    return f(view, window.range(view));
+                }
+                Open::StillTwin { files } => return f(files.view(), files.view().range()),
                 Open::Active { window, .. } => {
                     let shape = self.shape();
                     let view = shape.root();

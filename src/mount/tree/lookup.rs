@@ -112,7 +112,7 @@ impl Tree {
         match directory.partitions {
             Partitions::Absent => Vec::new(),
             Partitions::Files | Partitions::Links => {
-                shape.views[node.view].partitions(self.writes(node.view))
+                shape.views[node.view].partitions(self.writes(shape, node.view))
             }
         }
     }
@@ -153,7 +153,7 @@ impl Node {
         match self.what {
             What::Directory(_) => Kind::Directory,
             What::Link(_) | What::ControlSocket => Kind::Link,
-            What::Disk(_) | What::Document(_) => Kind::File,
+            What::Disk(_) | What::StillDisk | What::Document(_) => Kind::File,
         }
     }
 }

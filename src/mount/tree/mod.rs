@@ -4,6 +4,8 @@ mod build;
 mod change;
 mod handles;
 mod lookup;
+mod opened;
+mod scratch;
 mod shape;
 
 use std::collections::{BTreeMap, HashMap};
@@ -14,15 +16,17 @@ use std::time::SystemTime;
 
 use self::build::Plan;
 pub use self::change::Changed;
-use self::handles::Handles;
 pub use self::handles::{Caching, Handle, OpenFor, PastEnd};
 pub use self::lookup::Entry;
+use self::opened::Handles;
+pub use self::scratch::STILL_DISK;
 pub use self::shape::Outdated;
 use self::shape::Shape;
 use super::documents;
 use super::inode::Inode;
 use crate::chain::{Chain, View};
 use crate::error::{Error, Problem, Result};
+use crate::store::TemporaryDirectory;
 use crate::units::GuestRange;
 
 /// All that a mount shows.
@@ -54,6 +58,8 @@ pub struct TreeOptions {
     pub growth: Growth,
     /// What a discard does with host space.
     pub discard: DiscardMode,
+    /// Where what is written to scratch twins goes, if there are any.
+    pub scratch: Option<Arc<TemporaryDirectory>>,
 }
 
 /// What a mount shows.
@@ -111,6 +117,8 @@ enum What {
     /// A link to the control socket.
     ControlSocket,
     Disk(Window),
+    /// The disk of a scratch twin that nobody writes while this is open.
+    StillDisk,
     Document(Document),
 }
 
@@ -232,12 +240,17 @@ impl Tree {
         Statistics { size: shape.root().size(), files: shape.nodes.len() as u64 }
     }
 
-    /// Makes all that was written durable.
+    /// Makes all that was written durable. What was written to scratch twins reaches their files, which last as long as
+    /// this process.
     ///
     /// # Errors
     /// As [`Chain::flush`].
     pub fn sync(&self) -> Result<()> {
-        self.chain().flush()
+        let shape = self.shape();
+        let made = shape.views.iter().filter_map(|files| files.twin()?.view());
+        let twins = made.map(|view| view.chain().flush());
+        // One that fails does not keep the others from it.
+        twins.fold(shape.chain.flush(), Result::and)
     }
 
     /// Says where the control socket is. It can't be known before the tree is mounted.
@@ -258,7 +271,7 @@ impl Tree {
     fn attributes_of(&self, shape: &Shape, node: &Node) -> Result<Attributes> {
         let files = &shape.views[node.view];
         let Ownership { uid, gid, umask } = self.options.ownership;
-        let writable = files.view.is_writable();
+        let writable = files.is_writable();
         let (kind, size, allocated, mode) = match &node.what {
             What::Directory(_) => (Kind::Directory, 0, 0, 0o555),
             What::Link(target) => (Kind::Link, target.as_os_str().len() as u64, 0, 0o777),
@@ -269,8 +282,12 @@ impl Tree {
                 let size = self.content(shape, *document, node.view)?.len() as u64;
                 (Kind::File, size, size, 0o444)
             }
+            What::StillDisk => {
+                let range = files.view().range();
+                (Kind::File, range.len, files.allocated(range).unwrap_or(range.len), 0o444)
+            }
             What::Disk(window) => {
-                let range = window.range(&files.view);
+                let range = window.range(files.view());
                 let mode = if writable { 0o666 } else { 0o444 };
                 // Where that can't be counted: no holes, so that nobody who copies the file looks for any.
                 let allocated = files.allocated(range).unwrap_or(range.len);
@@ -280,7 +297,7 @@ impl Tree {
         let mode = if kind == Kind::Link { mode } else { mode & !umask };
         let changes = writable && kind == Kind::File;
         let lifetime = if changes { Lifetime::Moment } else { Lifetime::Forever };
-        let time = files.view.time()?;
+        let time = files.view().time()?;
         Ok(Attributes { inode: node.inode, kind, size, allocated, mode, uid, gid, time, lifetime })
     }
 
@@ -301,7 +318,11 @@ impl Tree {
         }
     }
 
-    fn writes(&self, view: usize) -> u64 {
-        if view == 0 { self.writes.load(Ordering::Acquire) } else { 0 }
+    fn writes(&self, shape: &Shape, view: usize) -> u64 {
+        match shape.views[view].twin() {
+            Some(twin) => twin.writes(),
+            None if view == 0 => self.writes.load(Ordering::Acquire),
+            None => 0,
+        }
     }
 }

@@ -33,7 +33,7 @@ pub enum Outdated {
 impl Shape {
     /// The view at the root.
     pub fn root(&self) -> &View {
-        &self.views[0].view
+        self.views[0].view()
     }
 
     /// What the kernel must forget when `new` takes the place of this.
@@ -57,7 +57,7 @@ impl Shape {
                 }
                 (What::Link(old), Some(What::Link(new))) if old == new => {}
                 (What::Disk(_), Some(What::Disk(_))) | (What::ControlSocket, _) => {}
-                (What::Link(_) | What::Document(_) | What::Disk(_), _) => {
+                (What::Link(_) | What::Document(_) | What::Disk(_) | What::StillDisk, _) => {
                     outdated.push(Outdated::Content(inode))
                 }
             }
