@@ -14,7 +14,7 @@ use qchainfs::chain::{Chain, OpenOptions};
 use qchainfs::error::{Error, Result};
 use qchainfs::image::{CreateOptions, NewImage, Writability};
 use qchainfs::mount::{
-    Audience, DiscardMode, Growth, MountOptions, Ownership, Session, TreeOptions,
+    Audience, BesideWriter, DiscardMode, Growth, MountOptions, Ownership, Session, TreeOptions,
 };
 use qchainfs::qcow2::{Geometry, Version};
 use qchainfs::store::FileStore;
@@ -92,6 +92,7 @@ fn mount_options(image: &Path, mountpoint: &Path) -> MountOptions {
             ownership: Ownership { uid, gid, umask: 0o027 },
             growth: Growth::Fixed,
             discard: DiscardMode::Unmap,
+            beside_writer: BesideWriter::Immutable,
         },
         audience: Audience::Owner,
         flags: Vec::new(),

@@ -125,6 +125,7 @@ impl Tree {
     /// # Errors
     /// [`Problem::ReadOnly`] for a write open of anything but the active disk of a writable mount.
     pub fn open(&self, inode: Inode, purpose: OpenFor) -> Result<(Handle, Caching)> {
+        self.follow();
         // Held until the file counts as open: what is open is not taken away.
         let shape = self.shape.read().unwrap_or_else(PoisonError::into_inner);
         let node = self.node(&shape, inode)?;
@@ -133,7 +134,10 @@ impl Tree {
             What::Disk(window) if view.is_writable() => {
                 (Open::Active { window, purpose }, Caching::Nothing)
             }
-            What::Disk(window) => (Open::Disk { view: view.clone(), window }, Caching::Everything),
+            What::Disk(window) => {
+                let caching = if view.is_torn() { Caching::Nothing } else { Caching::Everything };
+                (Open::Disk { view: view.clone(), window }, caching)
+            }
             What::Document(document) => {
                 (Open::Document(self.content(&shape, document, node.view)?), Caching::Nothing)
             }
