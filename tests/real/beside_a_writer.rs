@@ -18,7 +18,7 @@ use crate::support::mounted::Mounted;
 use crate::support::mounted_file::MountedFile;
 use crate::support::oracle::{bytes_of, holds};
 use crate::support::random::{Random, seeds};
-use crate::support::tools::{args, qchainfs};
+use crate::support::tools::{args, attempt, qchainfs};
 use crate::support::{M, index};
 
 const DISK: u64 = 8 * M;
@@ -149,16 +149,15 @@ fn what_would_write_beside_a_writer_is_refused_by_name() {
 #[test]
 fn qemu_may_write_the_image_but_not_its_base_while_it_is_mounted_beside_it() {
     let images = Images::new();
-    let base = images.create("base.qcow2", DISK, "");
+    images.create("base.qcow2", DISK, "");
     let top = images.overlay("top.qcow2", "base.qcow2", "");
     let mounted = beside(&top);
     let mut daemon = Daemon::open(&top, Cache::Host);
     daemon.write(0, &[1; 4096]);
     daemon.quit();
-    let outcome = crate::support::tools::attempt("qemu-img", &args!["commit", "-q", top]);
+    let outcome = attempt("qemu-img", &args!["commit", "-q", top]);
     assert!(outcome.code != Some(0) && outcome.stderr.contains("lock"), "{outcome}");
     mounted.umount();
-    let _ = base;
 }
 
 #[test]
