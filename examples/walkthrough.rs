@@ -14,7 +14,7 @@ use qchainfs::chain::{Chain, OpenOptions};
 use qchainfs::error::{Error, Result};
 use qchainfs::image::{CreateOptions, NewBacking, NewImage, Writability};
 use qchainfs::mount::{
-    Audience, DiscardMode, Growth, MountOptions, Ownership, Session, TreeOptions,
+    Audience, BesideWriter, DiscardMode, Growth, MountOptions, Ownership, Session, TreeOptions,
 };
 use qchainfs::qcow2::{Geometry, Version};
 use qchainfs::store::FileStore;
@@ -97,6 +97,7 @@ fn mount_options(image: &Path, mountpoint: &Path) -> MountOptions {
             growth: Growth::Fixed,
             discard: DiscardMode::Unmap,
             scratch: None,
+            beside_writer: BesideWriter::Immutable,
         },
         audience: Audience::Owner,
         flags: Vec::new(),

@@ -7,12 +7,12 @@ use std::sync::Arc;
 
 use super::Chain;
 use super::member::{Format, Member};
-use super::open::{OpenOptions, Place, Sharing, open_member};
+use super::open::{OpenOptions, Place, lock, open_member};
 use super::policy::OpenPolicy;
 use crate::error::{At, Doing, Error, Result};
 use crate::image::Writability;
 use crate::qcow2::MAGIC;
-use crate::store::{Access, FileStore, LockMode, Store};
+use crate::store::{Access, FileStore, Store};
 use crate::units::HostOffset;
 
 /// A file of a chain that the user puts together.
@@ -50,7 +50,11 @@ impl Chain {
     /// No layer at all, a file twice, a raw file above others; any layer that is missing, locked, unsupported or
     /// broken, by its name.
     pub fn compose(layers: &[Layer], options: &OpenOptions) -> Result<Self> {
-        let options = &OpenOptions { writability: Writability::ReadOnly, ..options.clone() };
+        let writability = match options.writability {
+            Writability::Writable => Writability::ReadOnly,
+            unwritten => unwritten,
+        };
+        let options = &OpenOptions { writability, ..options.clone() };
         let mut members: Vec<Member> = Vec::new();
         for (above, layer) in (0..layers.len()).rev().zip(layers) {
             let path = &layer.path;
@@ -65,9 +69,8 @@ impl Chain {
                 return Err(Error::usage(message));
             }
             // Not before it is known to be a new file: our own lock would be in the way.
-            if options.sharing == Sharing::Locked {
-                store.lock(LockMode::Read).at(path)?;
-            }
+            let place = Place { index: above, path };
+            lock(&store, place.writability(options), options.sharing).at(path)?;
             let format = match layer.format {
                 Some(format) => format,
                 None => detect(&store).at(path)?,
@@ -79,14 +82,7 @@ impl Chain {
                 )));
             }
             let policy = OpenPolicy::new(options.policy.clone(), path);
-            let member = open_member(
-                Place { index: above, path },
-                store,
-                format,
-                &policy,
-                options,
-                &members,
-            )?;
+            let member = open_member(place, store, format, &policy, options, &members)?;
             if let Some(name) = member.image().and_then(|image| image.header().backing_name) {
                 let name = String::from_utf8_lossy(&name).into_owned();
                 log::info!("{}: its backing file \"{name}\" is ignored", path.display());

@@ -83,6 +83,8 @@ impl View {
     }
 
     /// All extents of `range` in order, neighbours of one kind not merged.
+    ///
+    /// In a chain beside a writer they hold only if the snapshot is still there afterwards.
     pub fn extents(&self, range: GuestRange) -> impl Iterator<Item = Result<Extent>> {
         one_by_one(range, |rest| self.extent(rest))
     }
@@ -115,13 +117,16 @@ impl View {
         wanted: impl Fn(&Extent) -> bool,
     ) -> Result<Option<GuestOffset>> {
         let len = self.size().saturating_sub(from.get());
-        for extent in self.extents(GuestRange::new(from, len)) {
-            let extent = extent?;
-            if wanted(&extent) {
-                return Ok(Some(extent.range.start));
+        self.look_again()?;
+        let mut extents = self.extents(GuestRange::new(from, len));
+        self.confirmed(loop {
+            match extents.next() {
+                Some(Ok(extent)) if wanted(&extent) => break Ok(Some(extent.range.start)),
+                Some(Ok(_)) => {}
+                Some(Err(error)) => break Err(error),
+                None => break Ok(None),
             }
-        }
-        Ok(None)
+        })
     }
 
     /// Bytes of `range` that are allocated somewhere in the chain and not known to be zero.
@@ -129,14 +134,12 @@ impl View {
     /// # Errors
     /// As [`View::extent`].
     pub fn allocated(&self, range: GuestRange) -> Result<u64> {
-        let mut sum = 0;
-        for extent in self.extents(range) {
+        self.look_again()?;
+        let lens = self.extents(range).map(|extent| {
             let extent = extent?;
-            if !extent.is_zero() {
-                sum += extent.range.len;
-            }
-        }
-        Ok(sum)
+            Ok(if extent.is_zero() { 0 } else { extent.range.len })
+        });
+        self.confirmed(lens.sum())
     }
 }
 

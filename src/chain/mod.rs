@@ -78,6 +78,11 @@ impl Chain {
         self.active_image().is_some_and(Image::is_writable)
     }
 
+    /// Whether another process may write the active layer, which then is nothing to rely on.
+    pub fn is_beside_writer(&self) -> bool {
+        self.active_image().is_some_and(Image::is_beside_writer)
+    }
+
     /// The active layer, where it is a qcow2 image.
     pub fn active_image(&self) -> Option<&Image> {
         self.members.first().and_then(|top| top.image())

@@ -101,9 +101,7 @@ impl Chain {
                 return Err(Error::new(Problem::ChainTooDeep { limit: MAX_MEMBERS }).at(top));
             }
             // Not before it is known to be a new file: our own lock would be in the way.
-            if options.sharing == Sharing::Locked {
-                store.lock(lock_mode(writability)).at(&path)?;
-            }
+            lock(&store, writability, options.sharing).at(&path)?;
             let place = Place { index: members.len(), path: &path };
             let member = open_member(place, store, format, &policy, options, &members);
             let member = member.map_err(wrong_file)?;
@@ -127,8 +125,8 @@ pub(super) struct Place<'a> {
 }
 
 impl Place<'_> {
-    /// Only the active layer is ever written.
-    fn writability(self, options: &OpenOptions) -> Writability {
+    /// Only the active layer is ever written, here or by another process.
+    pub(super) fn writability(self, options: &OpenOptions) -> Writability {
         match self.index {
             0 => options.writability,
             _ => Writability::ReadOnly,
@@ -188,15 +186,18 @@ pub(super) fn open_member(
 
 fn access(writability: Writability) -> Access {
     match writability {
-        Writability::ReadOnly => Access::ReadOnly,
+        Writability::ReadOnly | Writability::BesideWriter => Access::ReadOnly,
         Writability::Writable => Access::ReadWrite,
     }
 }
 
-fn lock_mode(writability: Writability) -> LockMode {
-    match writability {
-        Writability::ReadOnly => LockMode::Read,
-        Writability::Writable => LockMode::Write,
+/// Takes the image locks that go with what a file is opened for.
+pub(super) fn lock(store: &FileStore, writability: Writability, sharing: Sharing) -> Result<()> {
+    match (sharing, writability) {
+        // It may be written by another process: any lock of ours would be in the way of it, or it in ours.
+        (Sharing::Forced, _) | (_, Writability::BesideWriter) => Ok(()),
+        (Sharing::Locked, Writability::ReadOnly) => store.lock(LockMode::Read),
+        (Sharing::Locked, Writability::Writable) => store.lock(LockMode::Write),
     }
 }
 
@@ -223,9 +224,7 @@ fn open_data_file(
     let writability = place.writability(options);
     let store = FileStore::open(&file, access(writability)).at(&path)?;
     admit(&store).at(image)?;
-    if options.sharing == Sharing::Locked {
-        store.lock(lock_mode(writability)).at(&path)?;
-    }
+    lock(&store, writability, options.sharing).at(&path)?;
     Ok(Some((path, Arc::new(store))))
 }
 

@@ -32,7 +32,7 @@ impl View {
                 Some(ResolvedMaps::of_member(member))
             }
             Some(_) => Some(chain.resolved().of_another()),
-            None if member == 0 && chain.is_writable() => None,
+            None if member == 0 && (chain.is_writable() || chain.is_beside_writer()) => None,
             None => Some(ResolvedMaps::of_member(member)),
         };
         Self { chain, member, snapshot, map }
@@ -92,6 +92,11 @@ impl View {
         self.writable_image().is_ok()
     }
 
+    /// Whether this is an active layer that another process may write: its bytes may be half of a change.
+    pub fn is_torn(&self) -> bool {
+        self.member == 0 && self.snapshot.is_none() && self.chain.is_beside_writer()
+    }
+
     /// Grows whenever the mapping of the view changes; never for an immutable one.
     pub fn generation(&self) -> u64 {
         self.writable_image().map_or(0, Image::generation)
@@ -105,11 +110,17 @@ impl View {
         let inside = |len: u64| self.size().saturating_sub(offset.get()).min(len);
         let kept = inside(buf.len() as u64);
         let _in_use = self.keep_snapshot()?;
+        self.look_again()?;
         let _mapping = self.keep_mapping(GuestRange::new(offset, kept));
         // Again: the disk may have become smaller while this waited.
         let range = GuestRange::new(offset, inside(kept));
-        let (mut buf, behind) = buf.split_at_mut(range.len as usize);
+        let (buf, behind) = buf.split_at_mut(range.len as usize);
         behind.fill(0);
+        self.confirmed(self.read_inside(range, buf))
+    }
+
+    /// Fills `buf` with the bytes of `range`, which ends within the view.
+    fn read_inside(&self, range: GuestRange, mut buf: &mut [u8]) -> Result<()> {
         for extent in self.look_up_all(range) {
             let extent = extent?;
             let (now, rest) = buf.split_at_mut(extent.range.len as usize);
@@ -128,6 +139,10 @@ impl View {
             return None;
         }
         let extent = self.look_up(range).ok().filter(|extent| extent.range == range)?;
+        if extent.member == 0 && self.chain.is_beside_writer() {
+            return None;
+        }
+        self.confirmed(Ok(())).ok()?;
         self.chain.members()[extent.member].mapped_content(extent.content, range.len)
     }
 
@@ -188,6 +203,24 @@ impl View {
         let path = self.chain.members()[self.member].path();
         let snapshot = self.snapshot.as_ref().or(self.chain.below_top.as_ref());
         snapshot.map(|snapshot| snapshot.keep()).transpose().at(path)
+    }
+
+    /// `found`, which was found by looking at the view, unless that was a snapshot that another process has deleted: then
+    /// it may be anything, and so may an error.
+    pub(super) fn confirmed<T>(&self, found: Result<T>) -> Result<T> {
+        let member = &self.chain.members()[self.member];
+        match (&self.snapshot, member.image()) {
+            (Some(snapshot), Some(image)) => image.confirm(snapshot).at(member.path()).and(found),
+            _ => found,
+        }
+    }
+
+    /// What is remembered of an active layer that another process may write is worth nothing.
+    pub(super) fn look_again(&self) -> Result<()> {
+        match self.chain.active_image().filter(|_| self.is_torn()) {
+            Some(image) => image.look_again().at(self.chain.members()[0].path()),
+            None => Ok(()),
+        }
     }
 
     /// Where its resolved map is kept, if it can't change.

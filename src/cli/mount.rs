@@ -15,9 +15,9 @@ use super::mount_options::{ChangedBases, HELP, Options, Unknown};
 use super::views::{ChainArgument, is_top, not_the_top};
 use super::{exit, logging};
 use crate::chain::{Address, Chain, Layer, MemberChoice, OpenOptions, View};
-use crate::error::{Doing, Error, Problem, Result};
+use crate::error::{Doing, Error, OtherUse, Problem, Result};
 use crate::image::Writability;
-use crate::mount::{MountOptions, Ownership, Session, Stop, TreeOptions};
+use crate::mount::{BesideWriter, MountOptions, Ownership, Session, Stop, TreeOptions};
 use crate::store::TemporaryDirectory;
 
 const READ_ONLY: Writability = Writability::ReadOnly;
@@ -29,6 +29,10 @@ pub struct Arguments {
     /// Write nothing: the same as -o ro
     #[arg(short, long)]
     read_only: bool,
+    /// Read beside a process that writes the image, such as a running virtual machine: shows the
+    /// backing files and the internal snapshots, and not the active layer
+    #[arg(short = 'U', long)]
+    force_share: bool,
     /// Stay in front
     #[arg(short, long)]
     foreground: bool,
@@ -48,6 +52,8 @@ pub struct Arguments {
 pub struct Plan {
     /// The view at the root; its image is absolute.
     pub address: Address,
+    /// The address and the mountpoint as the user said them.
+    pub said: (OsString, PathBuf),
     /// The files of the chain, the base first, where headers are not to be asked.
     pub layers: Option<Vec<Layer>>,
     /// The mountpoint, absolute.
@@ -59,12 +65,16 @@ pub struct Plan {
 /// Runs the verb.
 pub fn run(arguments: Arguments) -> Result<ExitCode> {
     let words = arguments.options.iter().map(String::as_str);
+    let words = words.chain(arguments.force_share.then_some("force_share"));
     let mut options = Options::parse(words, Unknown::Refuse)?;
     if arguments.read_only {
-        if options.writability == Some(Writability::Writable) {
-            return Err(Error::usage("-r and -o rw contradict each other"));
-        }
-        options.writability = Some(Writability::ReadOnly);
+        options.writability = match options.writability {
+            Some(Writability::Writable) => {
+                return Err(Error::usage("-r and -o rw contradict each other"));
+            }
+            Some(Writability::BesideWriter) => Some(Writability::BesideWriter),
+            Some(Writability::ReadOnly) | None => Some(READ_ONLY),
+        };
     }
     let plan = match (arguments.chain.layers()?, &arguments.image) {
         (None, Some(image)) => Plan::new(image, &arguments.mountpoint, options)?,
@@ -81,7 +91,8 @@ impl Plan {
     pub fn new(image: &OsString, mountpoint: &Path, options: Options) -> Result<Self> {
         let mut address = Address::parse(image);
         address.image = absolute(&address.image)?;
-        Ok(Self { address, layers: None, mountpoint: absolute(mountpoint)?, options })
+        let said = (image.clone(), mountpoint.to_path_buf());
+        Ok(Self { address, said, layers: None, mountpoint: absolute(mountpoint)?, options })
     }
 
     /// The same for a chain of `layers`; without an address, for the view of the last one.
@@ -94,7 +105,7 @@ impl Plan {
         if options.writability == Some(Writability::Writable) {
             return Err(Error::usage("a chain by --chain can only be mounted read-only"));
         }
-        options.writability = Some(READ_ONLY);
+        options.writability = options.writability.or(Some(READ_ONLY));
         for layer in &mut layers {
             layer.path = absolute(&layer.path)?;
         }
@@ -105,8 +116,11 @@ impl Plan {
             }
             (None, None) => return Err(Error::usage("a chain has at least one file")),
         };
+        let image = address.image.clone().into_os_string();
+        let said = (image, mountpoint.to_path_buf());
         address.image = absolute(&address.image)?;
-        Ok(Self { address, layers: Some(layers), mountpoint: absolute(mountpoint)?, options })
+        let mountpoint = absolute(mountpoint)?;
+        Ok(Self { address, said, layers: Some(layers), mountpoint, options })
     }
 
     /// Mounts and returns once the mount answers.
@@ -134,7 +148,14 @@ impl Plan {
     fn serve(&self, ready: impl FnOnce() -> Result<()>) -> Result<ExitCode> {
         be_gentle_to_memory();
         // Until here a signal simply ends the program: nothing is mounted and nothing written.
-        let (root, first_member) = self.open_root()?;
+        let (root, first_member) = self.open_root().map_err(|error| self.advised(error))?;
+        if root.is_torn() && self.options.beside_writer == BesideWriter::Everything {
+            log::warn!(
+                "disk.raw is what is in the file of {}: another process may be writing it, and its bytes may be \
+                 half of a change",
+                self.address.image.display()
+            );
+        }
         self.look_at_bases(root.chain())?;
         let signals = block_signals()?;
         let session = Session::mount(root, &self.mount_options(first_member)?)?;
@@ -155,7 +176,7 @@ impl Plan {
         if self.options.writability == Some(Writability::Writable) {
             return Err(Error::usage("only the active layer can be mounted writable"));
         }
-        let whole = Arc::new(self.open_chain(READ_ONLY)?);
+        let whole = Arc::new(self.open_chain(self.options.writability.unwrap_or(READ_ONLY))?);
         let view = self.address.find(&whole)?;
         let (index, snapshot) = (view.member(), view.snapshot_tree());
         drop(view);
@@ -181,6 +202,20 @@ impl Plan {
             }
         }
         Ok(())
+    }
+
+    /// `error`, or if another process writes the image, the way to see most of it all the same.
+    fn advised(&self, error: Error) -> Error {
+        let is_top = error.path() == Some(&self.address.image) && self.layers.is_none();
+        match error.problem() {
+            Problem::Locked { other: OtherUse::Writes, holders } if is_top => {
+                let (address, mountpoint) = self.said.clone();
+                let holders = holders.clone();
+                let problem = Problem::WrittenElsewhere { holders, address, mountpoint };
+                Error::new(problem).at(&self.address.image)
+            }
+            _ => error,
+        }
     }
 
     fn open_options(&self, writability: Writability) -> OpenOptions {
@@ -213,7 +248,7 @@ impl Plan {
         let Some(layers) = &self.layers else {
             return Chain::open(&self.address.image, &self.open_options(writability));
         };
-        let chain = Chain::compose(layers, &self.open_options(READ_ONLY))?;
+        let chain = Chain::compose(layers, &self.open_options(writability))?;
         if is_top(&chain, &self.address.image) { Ok(chain) } else { Err(not_the_top(&chain)) }
     }
 
@@ -237,6 +272,7 @@ impl Plan {
                 growth: options.growth,
                 discard: options.discard,
                 scratch,
+                beside_writer: options.beside_writer,
             },
             audience: options.audience,
             flags: options.flags.clone(),

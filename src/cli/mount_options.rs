@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use crate::chain::{BackingPolicy, SecretFor, SecretSource, Secrets, Sharing};
 use crate::error::{Error, Result};
 use crate::image::Writability;
-use crate::mount::{Audience, DiscardMode, Growth, MountFlag};
+use crate::mount::{Audience, BesideWriter, DiscardMode, Growth, MountFlag};
 
 /// Greatest number of threads that makes any sense.
 const MAX_THREADS: usize = 256;
@@ -13,6 +13,9 @@ const MAX_THREADS: usize = 256;
 /// What `--help` says of `-o`.
 pub const HELP: &str = "Mount options, separated by commas:\n\
      ro, rw                    read-only; writable (the default if it can be)\n\
+     force_share               the same as -U\n\
+     active                    with -U: show the active layer, too, though\n\
+     \u{20}                         its bytes may be half of a change\n\
      growable                  truncate may make disk.raw larger\n\
      allow_other               other users may look inside\n\
      uid=N, gid=N              owner of the files (default: you)\n\
@@ -40,6 +43,10 @@ pub const HELP: &str = "Mount options, separated by commas:\n\
 pub struct Options {
     /// `ro`, `rw`.
     pub writability: Option<Writability>,
+    /// `force_share`, or -U.
+    pub force_share: bool,
+    /// `active`.
+    pub beside_writer: BesideWriter,
     /// `growable`.
     pub growth: Growth,
     /// `allow_other`.
@@ -90,6 +97,8 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             writability: None,
+            force_share: false,
+            beside_writer: BesideWriter::Immutable,
             growth: Growth::Fixed,
             audience: Audience::Owner,
             uid: None,
@@ -125,7 +134,30 @@ impl Options {
                 )));
             }
         }
+        options.settle()?;
         Ok(options)
+    }
+
+    /// What a forced share means for the other options.
+    fn settle(&mut self) -> Result<()> {
+        let contradiction = |option: &str| {
+            Err(Error::usage(format!(
+                "-U and -o {option} contradict each other: another process may be writing the image"
+            )))
+        };
+        match (self.force_share, self.writability, self.growth) {
+            (true, Some(Writability::Writable), _) => contradiction("rw"),
+            (true, _, Growth::Growable) => contradiction("growable"),
+            (true, ..) if self.scratch.is_some() => contradiction("scratch"),
+            (true, ..) => {
+                self.writability = Some(Writability::BesideWriter);
+                Ok(())
+            }
+            (false, ..) if self.beside_writer == BesideWriter::Everything => Err(Error::usage(
+                "-o active goes with -U: without it the active layer is always shown",
+            )),
+            (false, ..) => Ok(()),
+        }
     }
 
     /// Takes one option; answers whether it is one of ours.
@@ -133,6 +165,8 @@ impl Options {
         match (key, value) {
             ("ro", None) => self.writability = Some(Writability::ReadOnly),
             ("rw", None) => self.writability = Some(Writability::Writable),
+            ("force_share", None) => self.force_share = true,
+            ("active", None) => self.beside_writer = BesideWriter::Everything,
             ("growable", None) => self.growth = Growth::Growable,
             ("strict", None) => self.changed_bases = ChangedBases::Refuse,
             ("allow_other", None) => self.audience = Audience::Everyone,

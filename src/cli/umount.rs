@@ -61,7 +61,11 @@ pub fn umount(mountpoint: &Path, how: Detach) -> Result<()> {
 /// The disk of the view at the root: the mount itself where that is a file.
 fn open_disk(mountpoint: &Path) -> io::Result<File> {
     if fs::metadata(mountpoint)?.is_dir() {
-        File::open(mountpoint.join("disk.raw"))
+        match File::open(mountpoint.join("disk.raw")) {
+            // A mount beside a writer has none.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => File::open(mountpoint),
+            opened => opened,
+        }
     } else {
         File::open(mountpoint)
     }

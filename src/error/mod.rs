@@ -4,6 +4,7 @@
 
 mod words;
 
+use std::ffi::OsString;
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -72,6 +73,17 @@ pub enum Problem {
         /// The processes, as far as they can be seen.
         holders: Vec<Process>,
     },
+    /// Another process writes the image that was to be mounted, most of which can be read all the same.
+    WrittenElsewhere {
+        /// The processes, as far as they can be seen.
+        holders: Vec<Process>,
+        /// What was to be mounted, as the user said it.
+        address: OsString,
+        /// And where.
+        mountpoint: PathBuf,
+    },
+    /// The image is only read, since another process may write it.
+    BesideWriter,
     /// The image is encrypted and nobody gave a key.
     KeyMissing,
     /// The key that was given does not open the image.
@@ -337,7 +349,7 @@ impl Error {
             Problem::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => {
                 Kind::NotFound
             }
-            Problem::Locked { .. } => Kind::Locked,
+            Problem::Locked { .. } | Problem::WrittenElsewhere { .. } => Kind::Locked,
             Problem::KeyMissing | Problem::WrongKey => Kind::Key,
             Problem::Refused { .. } | Problem::BaseChanged { .. } => Kind::Policy,
             Problem::Unsupported { .. } | Problem::ReadableOnly { .. } => Kind::Unsupported,
@@ -354,7 +366,7 @@ impl Error {
             Problem::NotFound | Problem::NoSuchSnapshot { .. } | Problem::NoSuchMember { .. } => {
                 libc::ENOENT
             }
-            Problem::ReadOnly => libc::EROFS,
+            Problem::ReadOnly | Problem::BesideWriter => libc::EROFS,
             Problem::SizeIsFixed => libc::EPERM,
             Problem::OutOfRange { .. } => libc::ENOSPC,
             Problem::SnapshotGone { .. } => libc::ESTALE,

@@ -36,6 +36,11 @@ impl Error {
                     None => format!("{file} is {doing} by another process"),
                 }
             }
+            Problem::WrittenElsewhere { holders, .. } => match show_processes(holders) {
+                Some(processes) => format!("{file} is open for writing by {processes}"),
+                None => format!("{file} is open for writing by another process"),
+            },
+            Problem::BesideWriter => format!("{file} is mounted with -U, and so only read"),
             Problem::KeyMissing => format!("{file} is encrypted and needs a key"),
             Problem::WrongKey => format!("{file} can't be decrypted with this key"),
             Problem::BackingLoop { .. } => format!("{file}: the backing chain is a loop"),
@@ -123,6 +128,12 @@ impl Error {
             Problem::Locked { other: OtherUse::Reads, .. } => {
                 Some("whoever reads it relies on nobody writing it".into())
             }
+            Problem::WrittenElsewhere { .. } => {
+                Some("its backing members and internal snapshots can still be read:".into())
+            }
+            Problem::BesideWriter => {
+                Some("another process may be writing it, and two writers would destroy it".into())
+            }
             Problem::WrongKey => Some("it opens none of the image's key slots".into()),
             Problem::BackingLoop { files } => {
                 let files: Vec<_> = files.iter().map(|file| show(file)).collect();
@@ -172,6 +183,11 @@ impl Error {
             Problem::Locked { other: OtherUse::Writes, .. } => {
                 Some(format!("qchainfs info -U {file}"))
             }
+            Problem::WrittenElsewhere { address, mountpoint, .. } => Some(format!(
+                "qchainfs mount -U -r {} {}",
+                shell_word(Path::new(address)),
+                shell_word(mountpoint)
+            )),
             Problem::ReadableOnly { .. } => Some(format!("qchainfs mount -r {file} MOUNTPOINT")),
             Problem::KeyMissing => {
                 Some(format!("qchainfs mount -r -o secret=FILE {file} MOUNTPOINT"))

@@ -5,7 +5,7 @@ use std::sync::{Arc, PoisonError};
 
 use lru::LruCache;
 
-use super::sync::Mutex;
+use super::sync::{Mutex, MutexGuard};
 use crate::error::{Doing, Result};
 use crate::qcow2::{CompressedCluster, Compression, Geometry, decompress};
 use crate::store::Store;
@@ -22,7 +22,13 @@ const GRAIN: usize = 4096;
 pub(super) struct Decompressed {
     compression: Compression,
     cluster_size: usize,
-    clusters: Mutex<LruCache<CompressedCluster, Arc<[u8]>>>,
+    kept: Mutex<Kept>,
+}
+
+struct Kept {
+    clusters: LruCache<CompressedCluster, Arc<[u8]>>,
+    /// Grows when all is forgotten: what was read before must not be kept after.
+    epoch: u64,
 }
 
 impl Decompressed {
@@ -32,7 +38,11 @@ impl Decompressed {
         // Not allocated in advance: most members of most chains have no compressed clusters.
         let mut clusters = LruCache::unbounded();
         clusters.resize(count.unwrap_or(NonZeroUsize::MIN));
-        Self { compression, cluster_size: cluster_size as usize, clusters: Mutex::new(clusters) }
+        Self {
+            compression,
+            cluster_size: cluster_size as usize,
+            kept: Mutex::new(Kept { clusters, epoch: 0 }),
+        }
     }
 
     /// At least the first `len` bytes of `cluster`, whose compressed form is in `store`.
@@ -47,8 +57,10 @@ impl Decompressed {
         cluster: CompressedCluster,
         len: usize,
     ) -> Result<Arc<[u8]>> {
-        let lock = || self.clusters.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = lock().get(&cluster).cloned();
+        let (known, epoch) = {
+            let mut kept = self.kept();
+            (kept.clusters.get(&cluster).cloned(), kept.epoch)
+        };
         let len = match known {
             Some(bytes) if bytes.len() >= len => return Ok(bytes),
             Some(_) => self.cluster_size,
@@ -60,7 +72,21 @@ impl Decompressed {
         let mut bytes = vec![0; len];
         decompress(self.compression, &compressed, &mut bytes)?;
         let bytes: Arc<[u8]> = bytes.into();
-        lock().put(cluster, bytes.clone());
+        let mut kept = self.kept();
+        if kept.epoch == epoch {
+            kept.clusters.put(cluster, bytes.clone());
+        }
         Ok(bytes)
+    }
+
+    /// Forgets everything: somebody else may have written the file.
+    pub fn forget(&self) {
+        let mut kept = self.kept();
+        kept.clusters.clear();
+        kept.epoch += 1;
+    }
+
+    fn kept(&self) -> MutexGuard<'_, Kept> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -49,6 +49,7 @@ use self::cipher::Encryption;
 use self::decompressed::Decompressed;
 use self::metadata::Metadata;
 use self::ranges::{Mode, RangeLocks};
+use self::snapshots::Watch;
 use self::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use self::sync::{Mutex, MutexGuard, RwLock};
 use crate::error::{Error, Problem, Result};
@@ -75,6 +76,8 @@ pub struct Image {
     flushing: Mutex<()>,
     metadata: Mutex<Metadata>,
     snapshots: RwLock<Vec<Arc<SnapshotTree>>>,
+    /// Only where another process may write the image.
+    watch: Option<Watch>,
     /// Held by who changes the size of the disk or which snapshots there are: one of them at a time.
     shape: RangeLocks,
     /// Guest data was written since the last sync.
@@ -94,6 +97,8 @@ pub struct Image {
 pub enum Writability {
     /// Nothing of it is ever written.
     ReadOnly,
+    /// Nothing of it is ever written here, but another process may write it.
+    BesideWriter,
     /// The active layer takes writes.
     Writable,
 }

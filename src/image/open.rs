@@ -9,7 +9,7 @@ use super::layout::{Layout, Owner};
 use super::metadata::Metadata;
 use super::pages::Pages;
 use super::ranges::RangeLocks;
-use super::snapshots::SnapshotTable;
+use super::snapshots::{SnapshotTable, Watch};
 use super::sync::atomic::{AtomicBool, AtomicU64};
 use super::sync::{Mutex, RwLock};
 use super::table::Table;
@@ -63,14 +63,21 @@ impl Image {
         let header_compression = header.compression();
         let header_data_place = header.data_place();
         let (read_table, cache_bytes): (fn(_, _, _) -> _, _) = match writability {
-            Writability::ReadOnly => (Table::read, READER_CACHE_BYTES),
+            Writability::ReadOnly | Writability::BesideWriter => (Table::read, READER_CACHE_BYTES),
             Writability::Writable => (Table::read_whole, WRITER_CACHE_BYTES),
         };
         let l1 = read_table(&*store, header.l1_offset, header.l1_entries as usize)?;
-        let snapshots = SnapshotTable::read(&*store, &header)?;
-        let allocator = match writability {
-            Writability::ReadOnly => None,
-            Writability::Writable => Some(open_allocator(&*store, &header, &l1, &snapshots)?),
+        let (snapshots, watch, allocator) = match writability {
+            Writability::ReadOnly => (SnapshotTable::read(&*store, &header)?.trees, None, None),
+            Writability::BesideWriter => {
+                let (watch, trees) = Watch::begin(&*store, &header)?;
+                (trees, Some(watch), None)
+            }
+            Writability::Writable => {
+                let table = SnapshotTable::read(&*store, &header)?;
+                let allocator = open_allocator(&*store, &header, &l1, &table)?;
+                (table.trees, None, Some(allocator))
+            }
         };
         Ok(Self {
             geometry,
@@ -89,7 +96,8 @@ impl Image {
                 freeze: None,
             }),
             shape: RangeLocks::default(),
-            snapshots: RwLock::new(snapshots.trees),
+            snapshots: RwLock::new(snapshots),
+            watch,
             unsynced: AtomicBool::new(false),
             closed: AtomicBool::new(false),
             retired: AtomicBool::new(false),

@@ -164,6 +164,12 @@ impl Pages {
         }
     }
 
+    /// Forgets all clean pages: somebody else may have written the file.
+    pub fn forget_clean(&mut self) {
+        self.epoch += 1;
+        self.clean.clear();
+    }
+
     /// Forgets the clean pages of a range that is about to hold something else.
     pub fn forget(&mut self, start: HostOffset, len: u64) {
         self.epoch += 1;

@@ -27,6 +27,6 @@ pub use mount_table::{MountEntry, our_mount, our_mounts};
 pub use session::{MountOptions, Session, Stop};
 pub use state::{control_socket, open_process, server};
 pub use tree::{
-    Attributes, Caching, Changed, DiscardMode, Entry, Growth, Handle, Kind, Layout, Lifetime,
-    OpenFor, Outdated, Ownership, PastEnd, STILL_DISK, Statistics, Tree, TreeOptions,
+    Attributes, BesideWriter, Caching, Changed, DiscardMode, Entry, Growth, Handle, Kind, Layout,
+    Lifetime, OpenFor, Outdated, Ownership, PastEnd, STILL_DISK, Statistics, Tree, TreeOptions,
 };

@@ -3,6 +3,7 @@
 
 mod support;
 
+mod beside_a_writer;
 mod cli_check;
 mod cli_clone;
 mod cli_create;

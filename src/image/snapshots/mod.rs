@@ -8,11 +8,13 @@ mod delete;
 mod freeze;
 mod references;
 mod table;
+mod watch;
 
 use std::sync::{Arc, PoisonError};
 
 pub(super) use freeze::Freeze;
 pub(super) use table::SnapshotTable;
+pub(super) use watch::Watch;
 
 use super::Image;
 use super::sync::{Condvar, Mutex};
@@ -76,7 +78,7 @@ impl SnapshotTree {
     pub fn keep(&self) -> Result<SnapshotInUse<'_>> {
         let mut users = self.users.lock().unwrap_or_else(PoisonError::into_inner);
         if users.gone {
-            return Err(Error::new(Problem::SnapshotGone { name: self.entry.name.clone() }));
+            return Err(self.gone());
         }
         users.count += 1;
         Ok(SnapshotInUse(self))
@@ -89,6 +91,22 @@ impl SnapshotTree {
         while users.count > 0 {
             users = self.left.wait(users).unwrap_or_else(PoisonError::into_inner);
         }
+    }
+
+    /// Lets nobody look at the snapshot any more. Those who do look find out afterwards.
+    fn vanish(&self) {
+        self.users.lock().unwrap_or_else(PoisonError::into_inner).gone = true;
+    }
+
+    fn check_is_there(&self) -> Result<()> {
+        match self.users.lock().unwrap_or_else(PoisonError::into_inner).gone {
+            true => Err(self.gone()),
+            false => Ok(()),
+        }
+    }
+
+    fn gone(&self) -> Error {
+        Error::new(Problem::SnapshotGone { name: self.entry.name.clone() })
     }
 
     /// Where the L1 table is.

@@ -21,7 +21,7 @@ pub(in crate::image) struct SnapshotTable {
     pub trees: Vec<Arc<SnapshotTree>>,
     pub bytes: Vec<u8>,
     /// Where in `bytes` the entry of each tree is, padding included.
-    places: Vec<Range<usize>>,
+    pub places: Vec<Range<usize>>,
 }
 
 impl SnapshotTable {

@@ -9,10 +9,12 @@ use std::sync::{Arc, Mutex, OnceLock, RwLock};
 use super::opened::Handles;
 use super::scratch::{STILL_DISK, Side, Twins};
 use super::shape::Shape;
-use super::{Directory, Document, Layout, Node, Partitions, Tree, TreeOptions, What, Window};
+use super::{
+    BesideWriter, Directory, Document, Layout, Node, Partitions, Tree, TreeOptions, What, Window,
+};
 use crate::chain::{Chain, Member, SnapshotChoice, View};
 use crate::error::{Error, Result};
-use crate::image::SnapshotTree;
+use crate::image::{Image, SnapshotTree};
 use crate::mount::inode::Inode;
 use crate::mount::names::{file_name, insert_unique};
 use crate::mount::view_files::ViewFiles;
@@ -28,7 +30,13 @@ impl Tree {
         }
         let root_identity = member_identity(root.chain(), 0);
         let twins = Twins::of(&options);
-        let plan = Plan { layout, twins, first_member: options.first_member, root_identity };
+        let (first_member, beside_writer) = (options.first_member, options.beside_writer);
+        let plan = Plan { layout, twins, first_member, root_identity, beside_writer };
+        if layout == Layout::File && !plan.shows(&root) {
+            return Err(Error::usage(
+                "a mount with -U on a file needs the address of a snapshot or of a backing file, or -o active",
+            ));
+        }
         let shape = plan.build(root, None, None)?;
         Ok(Self {
             options,
@@ -51,9 +59,15 @@ pub(super) struct Plan {
     first_member: usize,
     /// The identity of the active disk is that of the first one: its inode goes on when another image takes over.
     root_identity: Vec<u8>,
+    beside_writer: BesideWriter,
 }
 
 impl Plan {
+    /// Whether the root has the files of its view.
+    fn shows(&self, root: &View) -> bool {
+        !root.is_torn() || self.beside_writer == BesideWriter::Everything
+    }
+
     /// The shape with `root` at its root. What has been found out about views of `previous` is kept where they are the same;
     /// `hidden` is not shown.
     pub fn build(
@@ -63,6 +77,8 @@ impl Plan {
         hidden: Option<&Arc<SnapshotTree>>,
     ) -> Result<Shape> {
         let chain = root.chain().clone();
+        // Before the snapshots are listed: should there be others by then, they are listed once more.
+        let snapshot_generation = chain.active_image().map_or(0, Image::snapshot_generation);
         let views = previous.map(|previous| &previous.views[..]).unwrap_or_default();
         let mut builder = Builder {
             plan: self,
@@ -79,7 +95,7 @@ impl Plan {
                 builder.put(Inode::ROOT, Inode::ROOT, view, What::Disk(Window::Whole));
             }
         }
-        Ok(Shape { chain, views: builder.views, nodes: builder.nodes })
+        Ok(Shape { chain, views: builder.views, nodes: builder.nodes, snapshot_generation })
     }
 }
 
@@ -115,8 +131,12 @@ impl ViewKey {
 
 impl Builder<'_> {
     fn root(&mut self, view: View) -> Result<()> {
+        let shown = self.plan.shows(&view);
         let active = self.add_view(view);
-        let mut root = self.view_directory(active, Inode::ROOT);
+        let mut root = match shown {
+            true => self.view_directory(active, Inode::ROOT),
+            false => Directory::default(),
+        };
         let snapshots = self.snapshots_directory(Side::Views, 0, active, Inode::ROOT)?;
         root.children.insert("snapshots".into(), snapshots);
         root.children.insert("chain".into(), self.chain_directory(active)?);
@@ -165,13 +185,16 @@ impl Builder<'_> {
     fn links_to_root(&mut self, active: usize, parent: Inode) -> Inode {
         let inode = self.reserve(&[b"chain", b"0"]);
         let mut children = BTreeMap::new();
-        for name in ["disk.raw", "info.json", "snapshots"] {
+        let shown = self.plan.shows(self.views[active].view());
+        let names: &[&str] =
+            if shown { &["disk.raw", "info.json", "snapshots"] } else { &["snapshots"] };
+        for &name in names {
             let target = Path::new("../..").join(name);
             let link = self.link(&[b"chain", b"0", name.as_bytes()], inode, active, target);
             children.insert(name.to_owned(), link);
         }
-        let directory =
-            Directory { children, partitions: Partitions::Links, ..Directory::default() };
+        let partitions = if shown { Partitions::Links } else { Partitions::Absent };
+        let directory = Directory { children, partitions, ..Directory::default() };
         self.put(inode, parent, active, What::Directory(directory));
         inode
     }
@@ -328,6 +351,9 @@ impl Builder<'_> {
             identity.extend(entry.id.as_bytes());
             identity.push(0);
             identity.extend(entry.name.as_bytes());
+            // One that takes the name and the id of one that is gone is another file: the kernel may still have the old one.
+            identity.extend(entry.date_seconds.to_be_bytes());
+            identity.extend(entry.date_nanoseconds.to_be_bytes());
         }
         match files.twin() {
             None => Side::Views.mark(identity),

@@ -157,6 +157,36 @@ impl Tree {
         Ok(())
     }
 
+    /// Shows the snapshots as they are by now, where another process makes and deletes them. The kernel need not be told: it
+    /// believes nothing of such a mount for longer than a moment.
+    pub(super) fn follow(&self) {
+        let chain = self.chain();
+        let Some(image) = chain.active_image().filter(|image| image.is_beside_writer()) else {
+            return;
+        };
+        if let Err(error) = image.follow() {
+            // What is shown already is asked for with each read.
+            log::warn!("the snapshots can't be looked at: {}", error.at(chain.members()[0].path()));
+            return;
+        }
+        let is_shown = || self.shape().snapshot_generation == image.snapshot_generation();
+        if is_shown() {
+            return;
+        }
+        let _change = self.change();
+        if is_shown() {
+            return;
+        }
+        if let Err(error) = self.show(self.shape().root().clone(), None) {
+            log::error!("{error}");
+            return;
+        }
+        let shape = self.shape();
+        let mut partitions = self.partitions.write().unwrap_or_else(PoisonError::into_inner);
+        partitions.nodes.retain(|_, node| shape.nodes.contains_key(&node.parent));
+        partitions.inodes.retain(|(parent, _), _| shape.nodes.contains_key(parent));
+    }
+
     fn change(&self) -> MutexGuard<'_, ()> {
         self.changing.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -211,7 +241,11 @@ impl Tree {
 
 fn writable(chain: &Chain) -> Result<&Image> {
     let image = chain.active_image().filter(|image| image.is_writable());
-    image.ok_or_else(|| Error::new(Problem::ReadOnly).at(chain.members()[0].path()))
+    image.ok_or_else(|| {
+        let problem =
+            if chain.is_beside_writer() { Problem::BesideWriter } else { Problem::ReadOnly };
+        Error::new(problem).at(chain.members()[0].path())
+    })
 }
 
 /// Whether a scratch twin of a view that `is_lost` holds changes.

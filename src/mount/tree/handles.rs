@@ -53,6 +53,7 @@ impl Tree {
         if purpose == OpenFor::Writing {
             self.make_twin(inode)?;
         }
+        self.follow();
         // Held until the file counts as open: what is open is not taken away.
         let shape = self.shape.read().unwrap_or_else(PoisonError::into_inner);
         let node = self.node(&shape, inode)?;
@@ -66,7 +67,10 @@ impl Tree {
             What::Disk(window) if view.is_writable() => {
                 (Open::Active { window, purpose }, Caching::Nothing)
             }
-            What::Disk(window) => (Open::Disk { view: view.clone(), window }, Caching::Everything),
+            What::Disk(window) => {
+                let caching = if view.is_torn() { Caching::Nothing } else { Caching::Everything };
+                (Open::Disk { view: view.clone(), window }, caching)
+            }
             What::Document(document) => {
                 (Open::Document(self.content(&shape, document, node.view)?), Caching::Nothing)
             }

@@ -27,6 +27,7 @@ impl Tree {
     /// # Errors
     /// [`Problem::NotFound`]; failing reads where the file's size has to be found out.
     pub fn lookup(&self, parent: Inode, name: &OsStr) -> Result<Attributes> {
+        self.follow();
         let shape = self.shape();
         let node = self.child(&shape, parent, name);
         self.attributes_of(&shape, &node.ok_or_else(|| Error::new(Problem::NotFound))?)
@@ -37,6 +38,7 @@ impl Tree {
     /// # Errors
     /// As [`Tree::lookup`].
     pub fn attributes(&self, inode: Inode) -> Result<Attributes> {
+        self.follow();
         let shape = self.shape();
         self.attributes_of(&shape, &self.node(&shape, inode)?)
     }
@@ -58,6 +60,7 @@ impl Tree {
     /// # Errors
     /// Anything but a directory.
     pub fn list(&self, inode: Inode) -> Result<Vec<Entry>> {
+        self.follow();
         let shape = self.shape();
         let node = self.node(&shape, inode)?;
         let What::Directory(directory) = &node.what else {

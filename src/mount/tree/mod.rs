@@ -60,6 +60,17 @@ pub struct TreeOptions {
     pub discard: DiscardMode,
     /// Where what is written to scratch twins goes, if there are any.
     pub scratch: Option<Arc<TemporaryDirectory>>,
+    /// What to show of an image that another process may write.
+    pub beside_writer: BesideWriter,
+}
+
+/// What a mount shows of an image that another process may write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BesideWriter {
+    /// What does not change while it is there: backing members and internal snapshots.
+    Immutable,
+    /// The active layer, too, whatever its bytes are worth.
+    Everything,
 }
 
 /// What a mount shows.
@@ -296,6 +307,7 @@ impl Tree {
         };
         let mode = if kind == Kind::Link { mode } else { mode & !umask };
         let changes = writable && kind == Kind::File;
+        let changes = changes || shape.chain.is_beside_writer();
         let lifetime = if changes { Lifetime::Moment } else { Lifetime::Forever };
         let time = files.view().time()?;
         Ok(Attributes { inode: node.inode, kind, size, allocated, mode, uid, gid, time, lifetime })

@@ -14,6 +14,8 @@ pub(super) struct Shape {
     /// Index 0 is the active layer's.
     pub views: Vec<Arc<ViewFiles>>,
     pub nodes: HashMap<Inode, Node>,
+    /// The snapshots of member 0 that are shown: see [`crate::image::Image::snapshot_generation`].
+    pub snapshot_generation: u64,
 }
 
 /// Something that the kernel may remember of a tree and that is no longer so.

@@ -1,5 +1,6 @@
 //! What the scenarios stand on: tools, images, mounts, and the oracle that judges them.
 
+pub mod daemon;
 pub mod foreground;
 pub mod held;
 pub mod images;

@@ -1,0 +1,180 @@
+//! A `qemu-storage-daemon` that holds an image as a virtual machine does: it writes, makes snapshots and deletes them.
+
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use super::tools::{args, start};
+use super::watchdog::wait_until;
+
+/// How QEMU gets at the file.
+#[derive(Debug, Clone, Copy)]
+pub enum Cache {
+    /// Through the page cache (`cache=writeback`).
+    Host,
+    /// Past it (`cache=none`).
+    Direct,
+}
+
+/// The daemon, with a connection to its disk.
+pub struct Daemon {
+    child: Child,
+    commands: Option<ChildStdin>,
+    answers: BufReader<ChildStdout>,
+    disk: UnixStream,
+    _directory: TempDir,
+}
+
+const WRITE: u16 = 1;
+const FLUSH: u16 = 3;
+const WRITE_ZEROES: u16 = 6;
+
+impl Daemon {
+    /// Opens `image` for writing.
+    #[track_caller]
+    pub fn open(image: &Path, cache: Cache) -> Self {
+        let directory = TempDir::with_prefix("qchainfs-daemon-").expect("make a directory");
+        let socket = directory.path().join("nbd");
+        let direct = matches!(cache, Cache::Direct);
+        let file = json!({
+            "driver": "file", "filename": image, "node-name": "file",
+            "discard": "unmap", "cache": { "direct": direct },
+        });
+        let disk = json!({
+            "driver": "qcow2", "file": "file", "node-name": "disk", "discard": "unmap",
+        });
+        let server = format!("addr.type=unix,addr.path={}", socket.display());
+        let mut command = Command::new("qemu-storage-daemon");
+        command.args(args![
+            "--chardev",
+            "stdio,id=qmp",
+            "--monitor",
+            "chardev=qmp",
+            "--blockdev",
+            file.to_string(),
+            "--blockdev",
+            disk.to_string(),
+            "--nbd-server",
+            server,
+            "--export",
+            "nbd,id=nbd,node-name=disk,name=disk,writable=on",
+        ]);
+        let mut child = start(command.stdin(Stdio::piped()).stdout(Stdio::piped()));
+        let answers = BufReader::new(child.stdout.take().expect("a pipe"));
+        let commands = child.stdin.take();
+        wait_until("qemu-storage-daemon listens", || socket.exists());
+        let disk = connect(&socket);
+        let mut daemon = Self { child, commands, answers, disk, _directory: directory };
+        assert!(daemon.receive()["QMP"].is_object());
+        daemon.execute("qmp_capabilities", json!({}));
+        daemon
+    }
+
+    /// The id of the process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Makes an internal snapshot.
+    #[track_caller]
+    pub fn create_snapshot(&mut self, name: &str) {
+        let arguments = json!({ "device": "disk", "name": name });
+        self.execute("blockdev-snapshot-internal-sync", arguments);
+    }
+
+    /// Deletes an internal snapshot.
+    #[track_caller]
+    pub fn delete_snapshot(&mut self, name: &str) {
+        let arguments = json!({ "device": "disk", "name": name });
+        self.execute("blockdev-snapshot-delete-internal-sync", arguments);
+    }
+
+    /// Writes to the disk.
+    #[track_caller]
+    pub fn write(&mut self, offset: u64, data: &[u8]) {
+        self.request(WRITE, offset, data.len() as u64, data);
+    }
+
+    /// Makes a range of the disk zero, and gives its space back.
+    #[track_caller]
+    pub fn zero(&mut self, offset: u64, len: u64) {
+        self.request(WRITE_ZEROES, offset, len, &[]);
+    }
+
+    /// Makes all that was written durable.
+    #[track_caller]
+    pub fn flush(&mut self) {
+        self.request(FLUSH, 0, 0, &[]);
+    }
+
+    #[track_caller]
+    fn request(&mut self, kind: u16, offset: u64, len: u64, data: &[u8]) {
+        let mut request = 0x2560_9513_u32.to_be_bytes().to_vec();
+        request.extend([0; 2]);
+        request.extend(kind.to_be_bytes());
+        request.extend([0; 8]);
+        request.extend(offset.to_be_bytes());
+        request.extend(u32::try_from(len).expect("a short request").to_be_bytes());
+        request.extend(data);
+        self.disk.write_all(&request).expect("send a request");
+        let mut reply = [0; 16];
+        self.disk.read_exact(&mut reply).expect("get the reply");
+        assert_eq!(reply[..8], [0x67, 0x44, 0x66, 0x98, 0, 0, 0, 0], "the daemon refuses");
+    }
+
+    #[track_caller]
+    fn execute(&mut self, command: &str, arguments: Value) {
+        let request = json!({ "execute": command, "arguments": arguments });
+        let commands = self.commands.as_mut().expect("it runs");
+        writeln!(commands, "{request}").expect("send a command");
+        loop {
+            let answer = self.receive();
+            if answer.get("event").is_none() {
+                assert!(answer.get("return").is_some(), "{request}: {answer}");
+                return;
+            }
+        }
+    }
+
+    #[track_caller]
+    fn receive(&mut self) -> Value {
+        let mut line = String::new();
+        self.answers.read_line(&mut line).expect("receive");
+        serde_json::from_str(&line).unwrap_or_else(|_| panic!("no JSON: {line:?}"))
+    }
+
+    /// Lets it close the image in order.
+    #[track_caller]
+    pub fn quit(mut self) {
+        self.execute("quit", json!({}));
+        let ended = self.child.wait().expect("wait for the daemon");
+        assert!(ended.success(), "{ended}");
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        self.commands.take();
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Shakes hands as the NBD protocol wants it.
+fn connect(socket: &Path) -> UnixStream {
+    let mut disk = UnixStream::connect(socket).expect("connect to the disk");
+    let mut greeting = [0; 18];
+    disk.read_exact(&mut greeting).expect("be greeted");
+    assert!(greeting.starts_with(b"NBDMAGICIHAVEOPT"));
+    // Fixed newstyle, no padding; then the option that names the export and ends the negotiation.
+    let mut answer = vec![0, 0, 0, 3];
+    answer.extend(b"IHAVEOPT\0\0\0\x01\0\0\0\x04disk");
+    disk.write_all(&answer).expect("name the export");
+    let mut export = [0; 10];
+    disk.read_exact(&mut export).expect("learn about the export");
+    disk
+}
