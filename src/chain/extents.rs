@@ -21,6 +21,11 @@ impl Extent {
     pub fn is_zero(&self) -> bool {
         matches!(self.content, Content::Unallocated { .. } | Content::Zero { .. })
     }
+
+    /// Whether reading the run takes decompressing it.
+    pub fn is_compressed(&self) -> bool {
+        matches!(self.content, Content::Compressed { .. })
+    }
 }
 
 impl View {

@@ -13,6 +13,7 @@ mod overlay;
 mod policy;
 mod resolved;
 mod secrets;
+mod together;
 mod twin;
 mod unlock;
 mod view;

@@ -5,10 +5,14 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::Chain;
 use super::resolved::{MapId, ResolvedMaps};
+use super::together::{Piece, read_together};
 use crate::error::{At, Doing, Error, Problem, Result};
 use crate::image::{Below, Image, RangeGuard, SnapshotInUse, SnapshotTree, Tree, ZeroMode};
 use crate::store::MappedRun;
 use crate::units::{GuestOffset, GuestRange};
+
+/// A read of fewer bytes is done as its runs are found.
+const WORTH_GATHERING: u64 = 128 << 10;
 
 /// A view of an open chain.
 #[derive(Clone)]
@@ -121,14 +125,18 @@ impl View {
 
     /// Fills `buf` with the bytes of `range`, which ends within the view.
     fn read_inside(&self, range: GuestRange, mut buf: &mut [u8]) -> Result<()> {
+        let mut pieces = Vec::new();
         for extent in self.look_up_all(range) {
             let extent = extent?;
-            let (now, rest) = buf.split_at_mut(extent.range.len as usize);
-            let member = &self.chain.members()[extent.member];
-            member.read_content(extent.range.start, extent.content, now).at(member.path())?;
+            let (bytes, rest) = buf.split_at_mut(extent.range.len as usize);
+            let piece = Piece { extent, bytes };
+            match range.len < WORTH_GATHERING {
+                true => piece.read(&self.chain)?,
+                false => pieces.push(piece),
+            }
             buf = rest;
         }
-        Ok(())
+        read_together(&self.chain, pieces)
     }
 
     /// The bytes of `range` without copying them, if they are all in one run of a file and the view can't change.

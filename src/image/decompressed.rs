@@ -45,18 +45,40 @@ impl Decompressed {
         }
     }
 
+    /// Fills `out` with the bytes of `cluster` from `skip` on.
+    ///
+    /// # Errors
+    /// As [`Self::get`].
+    pub fn read(
+        &self,
+        store: &dyn Store,
+        cluster: CompressedCluster,
+        skip: usize,
+        out: &mut [u8],
+    ) -> Result<()> {
+        let end = skip + out.len();
+        if out.len() == self.cluster_size && !self.kept().clusters.contains(&cluster) {
+            // Who reads all of it won't come back for a part.
+            return self.unpack(store, cluster, out);
+        }
+        out.copy_from_slice(&self.get(store, cluster, end)?[skip..end]);
+        Ok(())
+    }
+
+    /// Fills `out` with the first bytes of `cluster`, known or not.
+    fn unpack(&self, store: &dyn Store, cluster: CompressedCluster, out: &mut [u8]) -> Result<()> {
+        let mut compressed = vec![0; cluster.len as usize];
+        store.read_at(&mut compressed, cluster.host).doing("read a compressed cluster")?;
+        decompress(self.compression, &compressed, out)
+    }
+
     /// At least the first `len` bytes of `cluster`, whose compressed form is in `store`.
     ///
     /// Somebody who reads here and there gets no more than that; who comes back for more gets it all.
     ///
     /// # Errors
     /// Failing reads; data that does not decompress.
-    pub fn get(
-        &self,
-        store: &dyn Store,
-        cluster: CompressedCluster,
-        len: usize,
-    ) -> Result<Arc<[u8]>> {
+    fn get(&self, store: &dyn Store, cluster: CompressedCluster, len: usize) -> Result<Arc<[u8]>> {
         let (known, epoch) = {
             let mut kept = self.kept();
             (kept.clusters.get(&cluster).cloned(), kept.epoch)
@@ -67,10 +89,8 @@ impl Decompressed {
             None => len.next_multiple_of(GRAIN).min(self.cluster_size),
         };
         // Not under the lock: other clusters are decompressed at the same time.
-        let mut compressed = vec![0; cluster.len as usize];
-        store.read_at(&mut compressed, cluster.host).doing("read a compressed cluster")?;
         let mut bytes = vec![0; len];
-        decompress(self.compression, &compressed, &mut bytes)?;
+        self.unpack(store, cluster, &mut bytes)?;
         let bytes: Arc<[u8]> = bytes.into();
         let mut kept = self.kept();
         if kept.epoch == epoch {

@@ -27,10 +27,7 @@ impl Image {
                 Encryption::Locked => Err(Error::new(Problem::KeyMissing)),
             },
             Content::Compressed { cluster, skip } => {
-                let (start, end) = (skip as usize, skip as usize + buf.len());
-                let bytes = self.decompressed.get(&*self.store, cluster, end)?;
-                buf.copy_from_slice(&bytes[start..end]);
-                Ok(())
+                self.decompressed.read(&*self.store, cluster, skip as usize, buf)
             }
         }
     }

@@ -27,7 +27,7 @@ use crate::store::FileId;
 /// What was written is made durable after this time, even if nobody asks.
 const WRITE_BACK_EVERY: Duration = Duration::from_secs(2);
 /// What the kernel reads ahead for a sequential reader.
-const READ_AHEAD_KIB: u32 = 1024;
+const READ_AHEAD_KIB: u32 = 256;
 
 /// How to mount.
 #[derive(Debug, Clone)]
@@ -229,8 +229,9 @@ fn check_is_no_member(mountpoint: &Path, chain: &Chain) -> Result<()> {
     Err(Error::new(Problem::Mountpoint { reason }).at(mountpoint))
 }
 
-/// Lets the kernel read further ahead of sequential readers than its 128 KiB, which costs a request each. Takes root; without
-/// it works, only slower.
+/// Lets the kernel read further ahead of sequential readers than its 128 KiB, which costs a request each. Not much further: what
+/// it reads of the hole behind each extent is read for nothing, where somebody copies the extents only. Takes root; without it
+/// works, only slower.
 fn read_further_ahead(mount: &MountEntry) {
     let setting = format!("/sys/class/bdi/{}/read_ahead_kb", mount.device);
     if let Err(error) = fs::write(&setting, READ_AHEAD_KIB.to_string()) {

@@ -1,6 +1,8 @@
 //! Compressed clusters, read and written over.
 
-use crate::support::images::{Images, Untouched, io, snapshot};
+use std::os::unix::fs::FileExt as _;
+
+use crate::support::images::{Images, Untouched, io, poke, snapshot};
 use crate::support::mounted::Mounted;
 use crate::support::oracle::{bytes_of_snapshot, reads_as, same};
 use crate::support::random::Random;
@@ -50,6 +52,37 @@ fn compressed_clusters_among_others_and_over_a_base_are_read() {
     let mounted = Mounted::read_only(&top);
     reads_as(&mounted.disk(), &top);
     reads_as(&mounted.path("chain/1/disk.raw"), &base);
+    mounted.umount();
+}
+
+#[test]
+fn a_large_read_meets_a_damaged_cluster_and_small_ones_beside_it_are_right() {
+    let images = Images::new();
+    let noise = Random::new(36).bytes(index(M)).into_iter();
+    // Each cluster shrinks to about a half.
+    let source: Vec<u8> = noise.map(|byte| b'a' + byte % 16).collect();
+    let raw = images.raw("source.raw", &source);
+    let packed = images.path("packed.qcow2");
+    run("qemu-img", &args!["convert", "-c", "-O", "qcow2", &raw, &packed]);
+    // In the midst of the data, over the beginning of a cluster, which then is of no kind that there is.
+    let len = std::fs::metadata(&packed).expect("look at it").len();
+    poke(&packed, len - 200 * K, &vec![0xff; index(50 * K)]);
+    let mounted = Mounted::read_only(&packed);
+    let disk = std::fs::File::open(mounted.disk()).expect("open");
+    let mut whole = vec![0; index(M)];
+    let error = disk.read_exact_at(&mut whole, 0).expect_err("a cluster of it is damaged");
+    assert_eq!(error.raw_os_error(), Some(libc::EIO), "{error}");
+    let (mut refused, mut others) = (0, 0);
+    for (number, expected) in source.chunks(index(64 * K)).enumerate() {
+        let mut cluster = vec![0; expected.len()];
+        match disk.read_exact_at(&mut cluster, number as u64 * 64 * K) {
+            Err(_) => refused += 1,
+            // The format has no checksum: one that is damaged behind its beginning may be taken for another.
+            Ok(()) => others += u32::from(cluster != expected),
+        }
+    }
+    assert!(refused > 0 && refused + others <= 3, "{refused} refused, {others} damaged");
+    drop(disk);
     mounted.umount();
 }
 
