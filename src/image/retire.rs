@@ -5,6 +5,9 @@ use super::ranges::RangeGuard;
 use super::sync::atomic::Ordering;
 use crate::error::Result;
 
+/// How often an image is flushed before everybody is kept off.
+const FLUSHES_BEFORE: u32 = 4;
+
 /// An image that holds still, all of it durable, to be retired. Dropped before that it takes writes again.
 #[must_use]
 pub struct Retirement<'a> {
@@ -21,8 +24,11 @@ impl Image {
     /// # Errors
     /// As [`Image::flush`]; an image that takes no writes.
     pub fn hold_still(&self) -> Result<Retirement<'_>> {
-        // What can be written before anybody has to wait is. Once: while others write there is always more.
-        self.flush()?;
+        // What can be made durable before anybody has to wait is. Each time there is less of what others wrote meanwhile,
+        // but there is always some.
+        for _ in 0..FLUSHES_BEFORE {
+            self.flush()?;
+        }
         // A snapshot that is being made, applied or deleted comes to its end first.
         let shape = self.keep_shape();
         let disk = self.claim_disk();
