@@ -37,6 +37,9 @@ impl Piece<'_> {
 pub fn read_together(chain: &Chain, pieces: Vec<Piece<'_>>) -> Result<()> {
     let compressed = pieces.iter().filter(|piece| piece.extent.is_compressed()).count();
     let helpers = (compressed / WORTH_A_THREAD).min(processors() - 1);
+    if helpers == 0 {
+        return pieces.into_iter().try_for_each(|piece| piece.read(chain));
+    }
     let left = Mutex::new(pieces.into_iter());
     // The lock is given back before the piece is read.
     let next = || left.lock().unwrap_or_else(PoisonError::into_inner).next();

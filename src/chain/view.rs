@@ -1,5 +1,6 @@
 //! One readable point in time, flat: the active layer, a member with all below it, or a snapshot.
 
+use std::mem;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -125,17 +126,16 @@ impl View {
 
     /// Fills `buf` with the bytes of `range`, which ends within the view.
     fn read_inside(&self, range: GuestRange, mut buf: &mut [u8]) -> Result<()> {
-        let mut pieces = Vec::new();
-        for extent in self.look_up_all(range) {
+        let mut pieces = self.look_up_all(range).map(|extent| {
             let extent = extent?;
-            let (bytes, rest) = buf.split_at_mut(extent.range.len as usize);
-            let piece = Piece { extent, bytes };
-            match range.len < WORTH_GATHERING {
-                true => piece.read(&self.chain)?,
-                false => pieces.push(piece),
-            }
+            let (bytes, rest) = mem::take(&mut buf).split_at_mut(extent.range.len as usize);
             buf = rest;
+            Ok(Piece { extent, bytes })
+        });
+        if range.len < WORTH_GATHERING {
+            return pieces.try_for_each(|piece| piece?.read(&self.chain));
         }
+        let pieces = pieces.collect::<Result<_>>()?;
         read_together(&self.chain, pieces)
     }
 

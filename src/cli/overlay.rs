@@ -5,11 +5,11 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use super::mount_options::{Options, Unknown};
-use super::target::{Target, absolute};
+use super::target::{Target, absolute, nothing_to_quiesce};
 use super::{exit, logging, print};
 use crate::chain::{Chain, Existing, OpenOptions};
 use crate::control::{Command, NewOverlay, Quiesce};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::image::Writability;
 
 /// Put a new image on top of a chain: an external snapshot
@@ -62,9 +62,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
         }
         Target::Image(image) => {
             if new.quiesce == Quiesce::Yes {
-                return Err(Error::usage(
-                    "--quiesce is for a live mount: nothing writes to this image",
-                ));
+                return Err(nothing_to_quiesce());
             }
             let options = OpenOptions {
                 writability: Writability::Writable,

@@ -10,10 +10,10 @@ use serde_json::Value;
 use super::report::printable;
 use super::size::human;
 use super::snapshot_words::{columns_head, snapshot_line, snapshot_object, when};
-use super::target::{Target, members_of};
+use super::target::{Target, members_of, nothing_to_quiesce};
 use super::{Output, exit, logging, print};
 use crate::chain::{Chain, Depth, OpenOptions, Sharing, SnapshotChoice};
-use crate::control::{Client, Command, SnapshotName};
+use crate::control::{Client, Command, Quiesce, SnapshotName};
 use crate::error::{At, Error, Result};
 use crate::image::{Image, SnapshotTree, Writability};
 
@@ -54,6 +54,10 @@ struct List {
 
 #[derive(clap::Args)]
 struct Create {
+    /// Freeze file systems that are mounted from loop devices over the mount, and thaw them when
+    /// it is done (by fsfreeze; takes root)
+    #[arg(long)]
+    quiesce: bool,
     #[command(flatten)]
     how: How,
     /// The image, or the mountpoint that shows it
@@ -121,9 +125,11 @@ fn create(arguments: &Create) -> Result<()> {
     let name = match Target::find(&arguments.target)? {
         Target::Live(mut client) => {
             let name = arguments.name.clone();
-            client.execute(&Command::CreateSnapshot { name })?;
+            let quiesce = if arguments.quiesce { Quiesce::Yes } else { Quiesce::No };
+            client.execute(&Command::CreateSnapshot { name, quiesce })?;
             format!("\"{}\"", printable(&arguments.name))
         }
+        Target::Image(_) if arguments.quiesce => return Err(nothing_to_quiesce()),
         Target::Image(image) => {
             let chain = open(&image, Writability::Writable)?;
             let made = image_of(&chain, &image)?.create_snapshot(&arguments.name).at(&image)?;

@@ -62,6 +62,11 @@ pub fn members_of(client: &mut Client) -> Result<Vec<PathBuf>> {
     Ok(files.filter_map(|node| node["file"].as_str().map(PathBuf::from)).collect())
 }
 
+/// The error for --quiesce on an image at rest.
+pub fn nothing_to_quiesce() -> Error {
+    Error::usage("--quiesce is for a live mount: nothing writes to this image")
+}
+
 /// `path` for a process that has another directory.
 pub fn absolute(path: &Path) -> Result<PathBuf> {
     std::path::absolute(path).doing("find out the current directory").at(path)

@@ -25,6 +25,8 @@ pub enum Command {
     CreateSnapshot {
         /// Its name.
         name: String,
+        /// Whether file systems on the disk are frozen meanwhile.
+        quiesce: Quiesce,
     },
     /// `blockdev-snapshot-delete-internal-sync`: deletes one.
     DeleteSnapshot(SnapshotName),
@@ -147,9 +149,9 @@ impl Command {
                 Self::QueryBlock
             }
             "blockdev-snapshot-internal-sync" => {
-                let CreateArguments { device, name } = read(arguments)?;
+                let CreateArguments { device, name, quiesce } = read(arguments)?;
                 check_device(&device)?;
-                Self::CreateSnapshot { name }
+                Self::CreateSnapshot { name, quiesce: quiesced(quiesce) }
             }
             "blockdev-snapshot-delete-internal-sync" => {
                 Self::DeleteSnapshot(ChoiceArguments::read(arguments)?)
@@ -187,9 +189,14 @@ impl Command {
         Ok(match self {
             Self::QueryNodes => ("query-named-block-nodes", json!({})),
             Self::QueryBlock => ("query-block", json!({})),
-            Self::CreateSnapshot { name } => {
-                ("blockdev-snapshot-internal-sync", json!({ "device": DEVICE, "name": name }))
-            }
+            Self::CreateSnapshot { name, quiesce } => (
+                "blockdev-snapshot-internal-sync",
+                json!({
+                    "device": DEVICE,
+                    "name": name,
+                    "x-qchainfs-quiesce": *quiesce == Quiesce::Yes,
+                }),
+            ),
             Self::DeleteSnapshot(snapshot) => {
                 ("blockdev-snapshot-delete-internal-sync", choice(snapshot))
             }
@@ -255,6 +262,8 @@ struct FlatArguments {
 struct CreateArguments {
     device: String,
     name: String,
+    #[serde(default, rename = "x-qchainfs-quiesce")]
+    quiesce: bool,
 }
 
 #[derive(Deserialize)]
@@ -302,11 +311,7 @@ impl OverlayArguments {
             return Err(Refusal::Wrong("the only mode is absolute-paths".to_owned()));
         }
         check_absolute(&file)?;
-        Ok(NewOverlay {
-            file,
-            existing: existing(force),
-            quiesce: if quiesce { Quiesce::Yes } else { Quiesce::No },
-        })
+        Ok(NewOverlay { file, existing: existing(force), quiesce: quiesced(quiesce) })
     }
 }
 
@@ -336,6 +341,10 @@ fn check_absolute(file: &Path) -> Result<(), Refusal> {
             "snapshot-file must be absolute: the mount has a directory of its own".to_owned(),
         )),
     }
+}
+
+fn quiesced(quiesce: bool) -> Quiesce {
+    if quiesce { Quiesce::Yes } else { Quiesce::No }
 }
 
 fn existing(force: bool) -> Existing {
@@ -456,7 +465,7 @@ mod tests {
         for command in [
             Command::QueryNodes,
             Command::QueryBlock,
-            Command::CreateSnapshot { name: "a \"b\"".into() },
+            Command::CreateSnapshot { name: "a \"b\"".into(), quiesce: Quiesce::Yes },
             Command::DeleteSnapshot(snapshot.clone()),
             Command::ApplySnapshot(SnapshotName { id: None, ..snapshot }),
             Command::Overlay(NewOverlay {

@@ -39,15 +39,24 @@ impl Live {
 
     fn overlay(&self, new: &NewOverlay) -> Result<Value> {
         self.refuse_on_this_disk(&new.file)?;
-        let frozen = match new.quiesce {
+        self.while_quiesced(new.quiesce, || self.tree.overlay(&new.file, new.existing))?;
+        Ok(json!({}))
+    }
+
+    /// Makes a change while file systems on the disk hold still, if they are to.
+    fn while_quiesced<T>(
+        &self,
+        quiesce: Quiesce,
+        change: impl FnOnce() -> Result<Changed<T>>,
+    ) -> Result<T> {
+        let frozen = match quiesce {
             Quiesce::No => None,
             Quiesce::Yes => Some(Frozen::all_on(&self.mountpoint)?),
         };
-        let changed = self.tree.overlay(&new.file, new.existing);
+        let changed = change();
         // Thawed before anybody is told anything: who waits for a frozen file system may be the kernel.
         drop(frozen);
-        self.tell(changed?);
-        Ok(json!({}))
+        Ok(self.tell(changed?))
     }
 
     fn refuse_on_this_disk(&self, new: &Path) -> Result<()> {
@@ -75,8 +84,8 @@ impl Target for Live {
                     "inserted": inserted,
                 }]))
             }
-            Command::CreateSnapshot { name } => {
-                self.tell(self.tree.create_snapshot(name)?);
+            Command::CreateSnapshot { name, quiesce } => {
+                self.while_quiesced(*quiesce, || self.tree.create_snapshot(name))?;
                 Ok(json!({}))
             }
             Command::DeleteSnapshot(choice) => {

@@ -11,6 +11,7 @@ use nix::sys::signal::{Signal, kill};
 
 use crate::support::images::{Images, check, paint};
 use crate::support::mounted::{Mounted, is_running};
+use crate::support::oracle::{bytes_of, bytes_of_snapshot, same};
 use crate::support::random::{Random, seeds};
 use crate::support::tools::{args, attempt, qchainfs};
 use crate::support::watchdog::wait_until;
@@ -112,6 +113,75 @@ fn a_daemon_killed_while_snapshots_and_overlays_are_made_keeps_what_was_synced()
             }
             drop(disk);
             mounted.umount();
+        }
+    }
+}
+
+#[test]
+fn a_daemon_killed_while_its_disk_goes_back_leaves_the_one_state_or_the_other() {
+    const BLOCKS: u64 = 6;
+    for seed in seeds(4) {
+        let images = Images::new();
+        let mut random = Random::new(seed);
+        let base = images.create("base.qcow2", 16 * M, "");
+        paint(&base, &mut random, 16 * M, 20);
+        let expected_below = bytes_of(&base);
+        let image = images.overlay("top.qcow2", "base.qcow2", "");
+        let write = |mounted: &Mounted, byte: u8| -> std::io::Result<()> {
+            let disk = File::options().write(true).open(mounted.disk())?;
+            for block in 0..BLOCKS {
+                disk.write_all_at(&[byte; 5000], block * 2 * M + 777)?;
+            }
+            disk.sync_data()
+        };
+        let mut made = 0;
+        for round in 0..4 {
+            let mounted = Mounted::new(&image);
+            let (old, new) = (2 * round + 1, 2 * round + 2);
+            write(&mounted, old).expect("write");
+            let name = format!("s{round}");
+            qchainfs(&args!["snapshot", "create", mounted.root(), &name]).ok();
+            write(&mounted, new).expect("write");
+            let (daemon, stop) = (mounted.daemon(), AtomicBool::new(false));
+            let moment = Duration::from_millis(5 + random.below(150));
+            let reverts = round % 2 == 1;
+            thread::scope(|scope| {
+                scope.spawn(|| {
+                    thread::sleep(moment);
+                    stop.store(true, Ordering::SeqCst);
+                    kill(daemon, Signal::SIGKILL).expect("kill the daemon");
+                });
+                while !stop.load(Ordering::SeqCst) {
+                    if reverts {
+                        made += 1;
+                        let file = images.path(&format!("new-{made}.qcow2"));
+                        qchainfs(&args!["revert", mounted.root(), &base, &file]);
+                        continue;
+                    }
+                    qchainfs(&args!["snapshot", "apply", mounted.root(), &name]);
+                    let written = write(&mounted, new);
+                    assert!(written.is_ok() || stop.load(Ordering::SeqCst), "nobody was killed");
+                }
+            });
+            wait_until("the daemon dies", || !is_running(daemon));
+            drop(mounted);
+            check_for_flags_and_leaks_only(&image);
+            for number in 1..=made {
+                let file = images.path(&format!("new-{number}.qcow2"));
+                if attempt("qemu-img", &args!["info", "-f", "qcow2", &file]).code == Some(0) {
+                    check_for_flags_and_leaks_only(&file);
+                    same("what it went back to", &expected_below, &bytes_of(&file));
+                }
+            }
+            let disk = bytes_of(&image);
+            let kept = bytes_of_snapshot(&image, &name);
+            for block in 0..BLOCKS {
+                let at = index(block * 2 * M + 777);
+                let may_be = if reverts { vec![new] } else { vec![old, new] };
+                let whole = disk[at..at + 5000].iter().all(|byte| may_be.contains(byte));
+                assert!(whole, "seed {seed}, round {round}: {} is there", disk[at]);
+                assert!(kept[at..at + 5000].iter().all(|&byte| byte == old), "seed {seed}");
+            }
         }
     }
 }

@@ -130,7 +130,8 @@ impl Daemon {
     fn execute(&mut self, command: &str, arguments: Value) {
         let request = json!({ "execute": command, "arguments": arguments });
         let commands = self.commands.as_mut().expect("it runs");
-        writeln!(commands, "{request}").expect("send a command");
+        // At one go: it obeys as soon as the braces are closed, and if it is told to quit nobody reads what follows.
+        commands.write_all(format!("{request}\n").as_bytes()).expect("send a command");
         loop {
             let answer = self.receive();
             if answer.get("event").is_none() {
