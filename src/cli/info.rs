@@ -7,11 +7,12 @@ use serde_json::{Map, Value, json};
 
 use super::report::printable;
 use super::size::human;
-use super::snapshot_words::{columns_head, snapshot_entry, snapshot_line, snapshot_object};
+use super::snapshot_words::{columns_head, snapshot_line, snapshot_object};
 use super::views::Source;
 use super::{Output, exit, info_encryption, logging, print};
 use crate::chain::resolve_backing_name;
 use crate::chain::{Address, Depth, Member, MemberChoice};
+use crate::control::snapshot_info;
 use crate::error::{At, Doing, Result};
 use crate::image::Image;
 use crate::qcow2::encryption::CRYPT_NONE;
@@ -115,7 +116,7 @@ fn describe(member: &Member) -> Result<Value> {
         put("format-specific", json!({ "type": "qcow2", "data": data }));
         let snapshots = image.snapshots();
         if !snapshots.is_empty() {
-            let snapshots = snapshots.iter().map(|tree| snapshot_entry(tree.entry()));
+            let snapshots = snapshots.iter().map(|tree| snapshot_info(tree.entry()));
             put("snapshots", snapshots.collect::<Vec<_>>().into());
         }
         if let Some(backing) = Backing::of(member, image) {

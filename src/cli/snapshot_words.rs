@@ -1,32 +1,16 @@
 //! Snapshots as qemu-img prints them.
 
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::report::printable;
 use super::size::human;
+use crate::control::snapshot_info;
 use crate::image::SnapshotTree;
 use crate::qcow2::Snapshot;
 
-/// The object that qemu-img prints for a snapshot.
-pub fn snapshot_entry(entry: &Snapshot) -> Value {
-    let mut object = json!({
-        "id": entry.id,
-        "name": entry.name,
-        "vm-state-size": entry.vm_state_size,
-        "date-sec": entry.date_seconds,
-        "date-nsec": entry.date_nanoseconds,
-        "vm-clock-sec": entry.vm_clock_nanoseconds / 1_000_000_000,
-        "vm-clock-nsec": entry.vm_clock_nanoseconds % 1_000_000_000,
-    });
-    if let Some(icount) = entry.icount {
-        object["icount"] = icount.into();
-    }
-    object
-}
-
-/// The same with what we know besides.
+/// The object that qemu-img prints for a snapshot, with what we know besides.
 pub fn snapshot_object(snapshot: &SnapshotTree) -> Value {
-    let mut object = snapshot_entry(snapshot.entry());
+    let mut object = snapshot_info(snapshot.entry());
     object["virtual-size"] = snapshot.size().into();
     object
 }

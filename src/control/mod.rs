@@ -6,7 +6,9 @@
 mod client;
 mod message;
 mod server;
+mod snapshot_info;
 
 pub use client::Client;
 pub use message::{Command, DEVICE, NODE_PREFIX, NewOverlay, Quiesce, Revert, SnapshotName};
 pub use server::{Server, Target};
+pub use snapshot_info::snapshot_info;

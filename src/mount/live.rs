@@ -9,9 +9,10 @@ use super::quiesce::Frozen;
 use super::stacked::lies_on;
 use super::tree::{Changed, Outdated, Tree};
 use crate::chain::{Chain, Member};
-use crate::control::{Command, DEVICE, NODE_PREFIX, NewOverlay, Quiesce, Revert, Target};
+use crate::control::{
+    Command, DEVICE, NODE_PREFIX, NewOverlay, Quiesce, Revert, Target, snapshot_info,
+};
 use crate::error::{Error, Result};
-use crate::image::SnapshotTree;
 
 /// A mount that takes commands.
 pub(super) struct Live {
@@ -90,11 +91,11 @@ impl Target for Live {
             }
             Command::DeleteSnapshot(choice) => {
                 let deleted = self.tell(self.tree.delete_snapshot(choice, &self.mountpoint)?);
-                Ok(snapshot_info(&deleted))
+                Ok(snapshot_info(deleted.entry()))
             }
             Command::ApplySnapshot(choice) => {
                 let applied = self.tell(self.tree.apply_snapshot(choice, &self.mountpoint)?);
-                Ok(snapshot_info(&applied))
+                Ok(snapshot_info(applied.entry()))
             }
             Command::Overlay(new) => self.overlay(new),
             Command::Revert(Revert { member, file, existing }) => {
@@ -134,7 +135,7 @@ fn nodes(chain: &Chain) -> Value {
         }
         let snapshots = member.image().map(|image| image.snapshots()).unwrap_or_default();
         if !snapshots.is_empty() {
-            let snapshots = snapshots.iter().map(|snapshot| snapshot_info(snapshot));
+            let snapshots = snapshots.iter().map(|snapshot| snapshot_info(snapshot.entry()));
             info["image"]["snapshots"] = snapshots.collect();
         }
         info
@@ -145,22 +146,4 @@ fn nodes(chain: &Chain) -> Value {
 /// The name of a member's file as JSON can hold it: bytes that are no UTF-8 are replaced.
 fn name_of(member: &Member) -> String {
     member.path().display().to_string()
-}
-
-/// A snapshot as QEMU's `SnapshotInfo`.
-fn snapshot_info(snapshot: &SnapshotTree) -> Value {
-    let entry = snapshot.entry();
-    let mut info = json!({
-        "id": entry.id,
-        "name": entry.name,
-        "vm-state-size": entry.vm_state_size,
-        "date-sec": entry.date_seconds,
-        "date-nsec": entry.date_nanoseconds,
-        "vm-clock-sec": entry.vm_clock_nanoseconds / 1_000_000_000,
-        "vm-clock-nsec": entry.vm_clock_nanoseconds % 1_000_000_000,
-    });
-    if let Some(icount) = entry.icount {
-        info["icount"] = json!(icount);
-    }
-    info
 }
