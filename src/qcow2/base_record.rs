@@ -124,6 +124,7 @@ impl BaseRecord {
 mod tests {
     use super::*;
     use crate::qcow2::{Extension, Header};
+    use crate::random::{Random, seeds};
 
     fn record(digest: Option<[u8; 32]>) -> BaseRecord {
         BaseRecord { len: 1 << 33, modified_seconds: -5, modified_nanoseconds: 999_999_999, digest }
@@ -184,6 +185,40 @@ mod tests {
             }
         }
         assert_eq!(Header::parse(&cluster).unwrap().extensions.len(), 3);
+    }
+
+    #[test]
+    fn whatever_a_header_holds_it_gets_its_record_or_stays_as_it_is() {
+        let (mut sealed, record) = (0, record(Some([7; 32])));
+        let mut randoms = seeds(3).flat_map(|seed| {
+            let mut random = Random::new(seed);
+            (0..1000).map(move |_| Random::new(random.below(u64::MAX)))
+        });
+        for mut random in &mut randoms {
+            let mut cluster = cluster();
+            cluster[23] = 10 + random.below(3) as u8;
+            cluster.truncate(1 << cluster[23]);
+            for _ in 0..random.below(4) {
+                let at = random.pick(&[8_u64, 100, 112, 120, 136, 500, 600]) + random.below(32);
+                cluster[at as usize] = random.pick(&[0, 1, 8, 16, 0x51, 0xff]);
+            }
+            let Ok(before) = Header::parse(&cluster) else { continue };
+            let Ok(writes) = record.put_into(&cluster) else { continue };
+            for (at, bytes) in writes {
+                let at = at.get() as usize;
+                cluster[at..at + bytes.len()].copy_from_slice(&bytes);
+                let now = Header::parse(&cluster).unwrap();
+                let others = |header: &Header| {
+                    let mut header = header.clone();
+                    header.extensions.retain(|one| !matches!(one, Extension::BaseRecord(_)));
+                    header
+                };
+                assert_eq!(others(&now), others(&before));
+            }
+            assert_eq!(Header::parse(&cluster).unwrap().base_record().as_ref(), Some(&record));
+            sealed += 1;
+        }
+        assert!(sealed > 100, "only {sealed} headers got a record");
     }
 
     #[test]
