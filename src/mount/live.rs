@@ -90,7 +90,7 @@ impl Target for Live {
                 Ok(json!({}))
             }
             Command::DeleteSnapshot(choice) => {
-                let deleted = self.tell(self.tree.delete_snapshot(choice, &self.mountpoint)?);
+                let deleted = self.tell(self.tree.delete_snapshot(choice, &self.mountpoint)?)?;
                 Ok(snapshot_info(deleted.entry()))
             }
             Command::ApplySnapshot(choice) => {

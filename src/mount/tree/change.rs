@@ -38,12 +38,13 @@ impl Tree {
     ///
     /// # Errors
     /// [`Problem::NoSuchSnapshot`]; [`Problem::Busy`] while somebody has its disk open (`mountpoint` is where to look for
-    /// him), or while its scratch twin holds changes; as [`Image::delete_snapshot`].
+    /// him), or while its scratch twin holds changes. Inside: as [`Image::delete_snapshot`], which may fail when the snapshot is
+    /// gone already, and the kernel is to be told of that, too.
     pub fn delete_snapshot(
         &self,
         choice: &SnapshotName,
         mountpoint: &Path,
-    ) -> Result<Changed<Arc<SnapshotTree>>> {
+    ) -> Result<Changed<Result<Arc<SnapshotTree>>>> {
         let _change = self.change();
         let chain = self.chain();
         let image = writable(&chain)?;
@@ -53,7 +54,7 @@ impl Tree {
         let deleted = image.delete_snapshot(&value.entry().id).at(path);
         // Where that failed it is there again, and else not.
         outdated.extend(self.show(chain.view(0)?, None)?);
-        deleted.map(|()| Changed { value, outdated })
+        Ok(Changed { value: deleted.map(|()| value), outdated })
     }
 
     /// Takes the disk back to an internal snapshot of the active layer.
