@@ -134,7 +134,12 @@ impl Overlay {
 /// anybody was started; through a symbolic link they would count from the link.
 fn backing_name(base: &Member, overlay: &Path) -> Result<Vec<u8>> {
     let opened_as = base.path();
-    let path = fs::canonicalize(opened_as).doing("follow its name").at(opened_as)?;
+    // Of its directory only: should the name itself be a link, what the member names in turn counts from beside the link, too.
+    let directory = opened_as.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let directory = directory.unwrap_or(Path::new("."));
+    let directory = fs::canonicalize(directory).doing("follow its name").at(opened_as)?;
+    let path = directory.join(opened_as.file_name().unwrap_or_default());
+    fs::metadata(&path).doing("look for it").at(opened_as)?;
     // It was opened long ago: whoever moved it since must not find another file under the overlay.
     if FileId::of(&path) != Some(base.store().id()) {
         return Err(Error::new(Problem::Moved).at(opened_as));

@@ -26,7 +26,7 @@ use crate::error::Result;
 /// Bytes in one request at most; the kernel's own limit is the same.
 const MAX_REQUEST: u32 = 1 << 20;
 /// A read of so many bytes is cheaper without copying, though mapping them costs something, too.
-const WORTH_MAPPING: u32 = 128 << 10;
+const WORTH_MAPPING: u32 = 64 << 10;
 /// Requests that the kernel may have under way in the background: readahead, direct I/O in parts.
 const MAX_BACKGROUND: u16 = 256;
 /// What the block sizes of `stat` and `statfs` are; loop devices take the latter as discard granularity.

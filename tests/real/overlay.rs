@@ -352,3 +352,30 @@ fn a_read_only_mount_and_an_encrypted_image_get_no_overlay() {
     assert!(said.contains("encrypted"), "{said}");
     assert!(!new.exists());
 }
+
+#[test]
+fn an_overlay_of_an_image_opened_by_a_link_has_the_chain_that_the_mount_has() {
+    let images = Images::new();
+    for directory in ["here", "there"] {
+        fs::create_dir(images.path(directory)).expect("make a directory");
+        let base = images.create(&format!("{directory}/base.qcow2"), 4 * M, "");
+        let mut random = Random::new(if directory == "here" { 305 } else { 306 });
+        paint(&base, &mut random, 4 * M, 10);
+    }
+    let image = images.path("there/disk.qcow2");
+    run(
+        "qemu-img",
+        &args!["create", "-q", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", &image],
+    );
+    let link = images.path("here/disk.qcow2");
+    symlink("../there/disk.qcow2", &link).expect("make a link");
+    let mounted = Mounted::with(&args!["-o", "backing_policy=any"], &link);
+    let expected = bytes_of(&images.path("here/base.qcow2"));
+    holds(&mounted.disk(), &expected);
+    let new = images.path("here/new.qcow2");
+    qchainfs(&args!["overlay", mounted.root(), &new]).ok();
+    holds(&mounted.disk(), &expected);
+    mounted.umount();
+    assert_eq!(backing_of(&new).as_deref(), Some("disk.qcow2"));
+    same("the new image", &expected, &bytes_of(&new));
+}
