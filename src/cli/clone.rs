@@ -115,7 +115,7 @@ fn live_view(directory: &Path) -> Result<View> {
     let info = directory.join("info.json");
     let info = fs::read(&info).doing("read what it says of the view").at(&info)?;
     let info: Value = serde_json::from_slice(&info).unwrap_or_default();
-    if info["read-only"] != true {
+    if info["read-only"] != true || info["torn"] == true {
         return Err(Error::usage(format!(
             "{} may be written at any time: make a snapshot and clone that",
             disk.display()

@@ -22,6 +22,9 @@ pub fn view_info(files: &ViewFiles, image: &Path) -> Result<Vec<u8>> {
         "created": created.map(|time| time.to_string()),
         "read-only": !files.is_writable(),
     });
+    if let (true, Some(object)) = (view.is_torn(), info.as_object_mut()) {
+        object.insert("torn".to_owned(), json!(true));
+    }
     if let (Some(twin), Some(object)) = (files.twin(), info.as_object_mut()) {
         object.insert("scratch".to_owned(), json!({ "changed": twin.is_changed() }));
     }

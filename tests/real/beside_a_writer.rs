@@ -103,6 +103,8 @@ fn what_is_locked_by_a_writer_is_mounted_without_its_active_layer() {
     daemon.write(M, &[8; 65536]);
     daemon.flush();
     assert_eq!(fs::read(mounted.disk()).expect("read")[index(M)..][..65536], [8; 65536]);
+    let said = qchainfs(&args!["clone", mounted.root(), images.path("torn.qcow2")]).fails(2);
+    assert!(said.contains("at any time"), "{said}");
     mounted.umount();
     daemon.quit();
     check(&top);

@@ -9,9 +9,9 @@ use std::process::{Command, Stdio};
 use crate::support::images::{Images, Untouched, io, snapshot};
 use crate::support::loopdev::FileSystem;
 use crate::support::mounted::Mounted;
-use crate::support::oracle::{holds, read_at, same};
+use crate::support::oracle::{bytes_of, holds, read_at, same};
 use crate::support::random::Random;
-use crate::support::tools::{args, run, start};
+use crate::support::tools::{args, qchainfs, run, start};
 use crate::support::writer::Writer;
 use crate::support::{M, index};
 use crate::tree::names_in;
@@ -171,6 +171,41 @@ fn partitions_of_members_that_look_alike_on_two_file_systems_are_two_files() {
     assert!(File::options().write(true).open(&theirs).is_err(), "a base can be written");
     mounted.umount();
     untouched.verify();
+}
+
+#[test]
+fn members_that_look_alike_are_told_apart_when_the_chain_changes() {
+    let images = Images::new();
+    let (image, disk) = partitioned(&images, GPT);
+    let (above, below) = (FileSystem::in_memory(), FileSystem::in_memory());
+    let (top, base) = (above.path("disk.qcow2"), below.path("disk.qcow2"));
+    fs::copy(&image, &base).expect("copy an image");
+    run("qemu-img", &args!["create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", top]);
+    io(&top, &["write -P 7 1M 4M"]);
+    let inode = |file: &Path| fs::metadata(file).expect("stat").ino();
+    assert_eq!(inode(&top), inode(&base), "the members do not look alike");
+    let mounted = Mounted::with(&args!["-o", "backing_policy=any"], &top);
+    let path = |inside: &str| mounted.path(inside);
+    let (of_top, of_base) = (bytes_of(&top), disk.clone());
+    let sevens = vec![7; index(4 * M)];
+    // Read, so that the kernel remembers all of it.
+    holds(&path("chain/1/disk.raw"), &of_base);
+    holds(&path("chain/1/p1"), part(&disk, 2048, 8192));
+    let number = inode(&path("chain/1/disk.raw"));
+
+    qchainfs(&args!["overlay", mounted.root(), images.path("new.qcow2")]).ok();
+    holds(&path("chain/1/disk.raw"), &of_top);
+    holds(&path("chain/1/p1"), &sevens);
+    holds(&path("chain/2/disk.raw"), &of_base);
+    holds(&path("chain/2/p1"), part(&disk, 2048, 8192));
+    assert_eq!(inode(&path("chain/2/disk.raw")), number, "an old file has another number");
+
+    qchainfs(&args!["revert", mounted.root(), "[2]", images.path("back.qcow2")]).ok();
+    holds(&path("chain/1/disk.raw"), &of_base);
+    holds(&path("chain/1/p1"), part(&disk, 2048, 8192));
+    holds(&path("disk.raw"), &of_base);
+    assert_eq!(inode(&path("chain/1/disk.raw")), number, "an old file has another number");
+    mounted.umount();
 }
 
 #[test]

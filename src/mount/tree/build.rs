@@ -137,9 +137,9 @@ impl Builder<'_> {
             true => self.view_directory(active, Inode::ROOT),
             false => Directory::default(),
         };
+        root.children.insert("chain".into(), self.chain_directory(active)?);
         let snapshots = self.snapshots_directory(Side::Views, 0, active, Inode::ROOT)?;
         root.children.insert("snapshots".into(), snapshots);
-        root.children.insert("chain".into(), self.chain_directory(active)?);
         if self.plan.twins == Twins::Shown {
             root.children.insert("scratch".into(), self.scratch_directory(active)?);
         }
@@ -162,13 +162,17 @@ impl Builder<'_> {
     }
 
     /// The directories of all members but the active layer.
+    ///
+    /// Files that look alike get neighbouring numbers in the order in which they come. A chain changes at its top, so that the
+    /// base comes first, and what is in the active layer last: a number that is somebody's stays his, and the kernel, which
+    /// remembers his bytes by it, never shows them as another's.
     pub fn member_directories(
         &mut self,
         side: Side,
         parent: Inode,
         children: &mut BTreeMap<String, Inode>,
     ) -> Result<()> {
-        for index in 1..self.chain.members().len() {
+        for index in (1..self.chain.members().len()).rev() {
             let view = self.add(side, self.chain.view(index)?);
             let identity = side.mark(self.member_identity(index));
             let member = self.reserve(&[&identity, b"directory"]);

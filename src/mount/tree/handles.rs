@@ -54,6 +54,9 @@ impl Tree {
             self.make_twin(inode)?;
         }
         self.follow();
+        if let Some(document) = self.open_document(inode, purpose)? {
+            return Ok((document, Caching::Nothing));
+        }
         // Held until the file counts as open: what is open is not taken away.
         let shape = self.shape.read().unwrap_or_else(PoisonError::into_inner);
         let node = self.node(&shape, inode)?;
@@ -71,11 +74,8 @@ impl Tree {
                 let caching = if view.is_torn() { Caching::Nothing } else { Caching::Everything };
                 (Open::Disk { view: view.clone(), window }, caching)
             }
-            What::Document(document) => {
-                (Open::Document(self.content(&shape, document, node.view)?), Caching::Nothing)
-            }
-            What::Directory(_) | What::Link(_) | What::ControlSocket => {
-                return Err(Error::usage("not a file"));
+            What::Document(_) | What::Directory(_) | What::Link(_) | What::ControlSocket => {
+                return Err(Error::usage("not a disk"));
             }
         };
         // A twin is not, where what it is one of was deleted since the beginning and made anew.
@@ -88,6 +88,19 @@ impl Tree {
             return Err(Error::new(Problem::ReadOnly));
         }
         Ok((self.handles.add(open)?, caching))
+    }
+
+    /// Opens `inode` if it is a document. Making one may take reading the tables of a whole disk, and whoever changes the
+    /// chain must not wait for that: the shape is not held.
+    fn open_document(&self, inode: Inode, purpose: OpenFor) -> Result<Option<Handle>> {
+        let shape = self.shape();
+        let node = self.node(&shape, inode)?;
+        let What::Document(document) = node.what else { return Ok(None) };
+        if purpose == OpenFor::Writing {
+            return Err(Error::new(Problem::ReadOnly));
+        }
+        let content = self.content(&shape, document, node.view)?;
+        self.handles.add(Open::Document(content)).map(Some)
     }
 
     /// Makes the twin whose disk `inode` is ready to be written, if it is one.

@@ -55,14 +55,14 @@ impl Builder<'_> {
             }
         };
         let view = self.views.len() - 1;
-        let snapshots = self.snapshots_directory(Side::Twins, 0, view, inode)?;
-        directory.children.insert("snapshots".into(), snapshots);
         let chain = self.reserve(&[b"scratch", b"chain"]);
         let mut children = BTreeMap::new();
         self.member_directories(Side::Twins, chain, &mut children)?;
         let members = Directory { children, ..Directory::default() };
         self.put(chain, inode, active, What::Directory(members));
         directory.children.insert("chain".into(), chain);
+        let snapshots = self.snapshots_directory(Side::Twins, 0, view, inode)?;
+        directory.children.insert("snapshots".into(), snapshots);
         self.put(inode, Inode::ROOT, view, What::Directory(directory));
         Ok(inode)
     }
