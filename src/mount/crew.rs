@@ -1,216 +1,169 @@
 //! How many of the session's threads wait for the kernel's requests.
 //!
-//! The kernel wakes the thread that has waited longest, so that with many of them each request meets one whose caches are
-//! cold, and on few processors they only take these from each other and from whoever asks. One thread answers one reader
-//! fastest. So threads rest here while fewer can do the work; they can't do so in `fuser`'s loop, but between the answer to
-//! a request and the return from it.
+//! The kernel wakes the thread that has waited longest. With as many threads as processors these soon stay where their caches
+//! are, and large reads, which the kernel asks for in parts, are copied side by side; each thread more makes the others move.
+//! But a thread that waits for a disk uses no processor, and another must take its place. So there are more threads than
+//! processors, and those that are too many rest as long as the answers of the others are quick. They can't do so in `fuser`'s
+//! loop, but between the answer to a request and the return from it.
 //!
-//! No rest is longer than [`REST`]: whatever the threads at work are blocked by, somebody comes back for the next request.
+//! Every [`REST`] each of them looks whether it is still not needed: whatever the threads at work are blocked by, somebody comes
+//! back for the next request.
 
 use std::cell::Cell;
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-/// Longest time off.
+/// How long a thread that is not needed looks away.
 const REST: Duration = Duration::from_millis(20);
-/// A thread that found its next request sooner did not have to sleep for it.
-const NO_WAIT: Duration = Duration::from_micros(4);
 /// An answer that took longer has probably waited for a disk.
 const QUICK: Duration = Duration::from_micros(60);
-/// What moving this many bytes takes about a microsecond.
-const BYTES_A_MICROSECOND: u64 = 4096;
-/// So many requests in a row must agree before anything changes.
-const AGREEING: u32 = 8;
+/// What moving this many bytes takes at most about a microsecond.
+const BYTES_A_MICROSECOND: u64 = 2048;
+/// So many quick answers are the rule, and not luck.
+const MANY: u64 = 64;
+/// One slow answer among so many quick ones is the scheduler's doing.
+const RARELY: u64 = 32;
 
 /// The threads of a session.
 pub(super) struct Crew {
     processors: usize,
-    state: Mutex<State>,
-    recalled: Condvar,
+    /// Threads that have answered a request before and don't rest.
+    at_work: AtomicUsize,
+    quick: AtomicU64,
+    slow: AtomicU64,
 }
 
-/// What all threads do.
-#[derive(Debug, Clone, Copy, Default)]
-struct State {
-    /// Answering a request.
-    answering: usize,
-    /// Waiting for one, as far as they have answered one before.
-    waiting: usize,
-    resting: usize,
-    /// Of the resting, how many shall come back.
-    recalled: usize,
+/// Answers of all threads until now.
+#[derive(Debug, Clone, Copy)]
+struct Answers {
+    quick: u64,
+    slow: u64,
 }
 
 thread_local! {
-    static OWN: Cell<Habits> = const { Cell::new(Habits { done: None, waits: 0, no_waits: 0, quick: 0 }) };
-}
-
-/// What one thread has met with lately, each in a row.
-#[derive(Debug, Clone, Copy)]
-struct Habits {
-    /// When it answered its last request.
-    done: Option<Instant>,
-    /// Requests that it had to wait for.
-    waits: u32,
-    /// Requests that were there already.
-    no_waits: u32,
-    /// Requests that were answered at once.
-    quick: u32,
-}
-
-/// What a thread does after a request.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Next {
-    Wait,
-    WaitAndRecall,
-    Rest,
+    /// How many answers of this thread were quick, in a row; `None` before the first.
+    static IN_A_ROW: Cell<Option<u64>> = const { Cell::new(None) };
 }
 
 /// A request that is being answered. Dropped after the answer.
 pub(super) struct Turn<'a> {
     crew: &'a Crew,
     begun: Instant,
-    bytes: u64,
+    enough: Duration,
 }
 
 impl Crew {
     /// A crew on so many processors.
     pub fn new(processors: usize) -> Self {
-        Self { processors: processors.max(1), state: Mutex::default(), recalled: Condvar::new() }
+        Self {
+            processors: processors.max(1),
+            at_work: AtomicUsize::new(0),
+            quick: AtomicU64::new(0),
+            slow: AtomicU64::new(0),
+        }
     }
 
     /// The calling thread begins to answer a request that moves `bytes` bytes.
     pub fn turn(&self, bytes: u64) -> Turn<'_> {
-        let begun = Instant::now();
-        let mut own = OWN.get();
-        let mut state = self.state();
-        state.answering += 1;
-        if let Some(done) = own.done {
-            state.waiting = state.waiting.saturating_sub(1);
-            if begun - done <= NO_WAIT + moving(bytes) {
-                (own.waits, own.no_waits) = (0, own.no_waits.saturating_add(1));
-            } else {
-                (own.waits, own.no_waits) = (own.waits.saturating_add(1), 0);
-            }
+        if IN_A_ROW.get().is_none() {
+            IN_A_ROW.set(Some(0));
+            self.at_work.fetch_add(1, Ordering::Relaxed);
         }
-        drop(state);
-        OWN.set(own);
-        Turn { crew: self, begun, bytes }
+        let enough = QUICK + Duration::from_micros(bytes / BYTES_A_MICROSECOND);
+        Turn { crew: self, begun: Instant::now(), enough }
     }
 
+    /// Rests as long as there are enough others and all of them are quick.
     fn rest(&self) {
-        let mut state = self.state();
-        state.resting += 1;
-        let deadline = Instant::now() + REST;
-        while state.recalled == 0 {
-            let Some(left) = deadline.checked_duration_since(Instant::now()) else { break };
-            state = match self.recalled.wait_timeout(state, left) {
-                Ok((state, _)) => state,
-                Err(poisoned) => poisoned.into_inner().0,
-            };
+        let fewer = |at_work| (at_work > self.processors).then(|| at_work - 1);
+        if self.at_work.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fewer).is_err() {
+            return;
         }
-        state.recalled = state.recalled.saturating_sub(1);
-        state.resting -= 1;
-        state.waiting += 1;
+        let mut before = self.answers();
+        loop {
+            std::thread::sleep(REST);
+            let now = self.answers();
+            if now.since(before).need_help() {
+                break;
+            }
+            before = now;
+        }
+        self.at_work.fetch_add(1, Ordering::Relaxed);
     }
 
-    fn state(&self) -> std::sync::MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn answers(&self) -> Answers {
+        Answers {
+            quick: self.quick.load(Ordering::Relaxed),
+            slow: self.slow.load(Ordering::Relaxed),
+        }
+    }
+}
+
+impl Answers {
+    fn since(self, before: Self) -> Self {
+        Self { quick: self.quick - before.quick, slow: self.slow - before.slow }
+    }
+
+    /// Whether whoever gave these may be blocked. Where there was nothing to do they look the same, and waiting for requests
+    /// costs less than looking for a need.
+    fn need_help(self) -> bool {
+        self.quick < MANY || self.slow > self.quick / RARELY
     }
 }
 
 impl Drop for Turn<'_> {
     fn drop(&mut self) {
-        let now = Instant::now();
-        let mut own = OWN.get();
-        let quick = now - self.begun <= QUICK + 2 * moving(self.bytes);
-        own.quick = if quick { own.quick.saturating_add(1) } else { 0 };
-        let mut state = self.crew.state();
-        state.answering -= 1;
-        let next = own.next(&state, self.crew.processors);
-        match next {
-            Next::Rest => {}
-            Next::Wait | Next::WaitAndRecall => state.waiting += 1,
+        if self.begun.elapsed() > self.enough {
+            self.crew.slow.fetch_add(1, Ordering::Relaxed);
+            IN_A_ROW.set(Some(0));
+            return;
         }
-        if next == Next::WaitAndRecall {
-            state.recalled += 1;
-            own.no_waits = 0;
+        self.crew.quick.fetch_add(1, Ordering::Relaxed);
+        let in_a_row = IN_A_ROW.get().unwrap_or_default() + 1;
+        IN_A_ROW.set(Some(in_a_row));
+        if in_a_row >= MANY {
+            self.crew.rest();
         }
-        drop(state);
-        match next {
-            Next::Wait => {}
-            Next::WaitAndRecall => self.crew.recalled.notify_one(),
-            Next::Rest => {
-                self.crew.rest();
-                // Unless it is needed now, it rests again after the first request that it gets.
-                own.no_waits = 0;
-            }
-        }
-        own.done = Some(Instant::now());
-        OWN.set(own);
     }
-}
-
-impl Habits {
-    fn next(&self, others: &State, processors: usize) -> Next {
-        let at_work = others.answering + others.waiting + 1;
-        let not_needed = others.waiting > 0 && self.waits >= AGREEING;
-        let in_the_way = at_work > processors && self.quick >= AGREEING;
-        if at_work > 1 && (not_needed || in_the_way) {
-            return Next::Rest;
-        }
-        let help = others.waiting == 0 && self.no_waits >= AGREEING;
-        if help && at_work < processors && others.resting > others.recalled {
-            return Next::WaitAndRecall;
-        }
-        Next::Wait
-    }
-}
-
-fn moving(bytes: u64) -> Duration {
-    Duration::from_micros(bytes / BYTES_A_MICROSECOND)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn habits(waits: u32, no_waits: u32, quick: u32) -> Habits {
-        Habits { done: None, waits, no_waits, quick }
-    }
-
-    fn state(answering: usize, waiting: usize, resting: usize) -> State {
-        State { answering, waiting, resting, recalled: 0 }
+    #[test]
+    fn threads_that_wait_for_a_disk_or_for_nothing_need_help_and_busy_ones_do_not() {
+        assert!(Answers { quick: 0, slow: 2 }.need_help());
+        assert!(Answers { quick: 0, slow: 0 }.need_help());
+        assert!(Answers { quick: 1000, slow: 200 }.need_help());
+        assert!(!Answers { quick: 1000, slow: 20 }.need_help());
     }
 
     #[test]
-    fn a_thread_that_waits_beside_another_rests() {
-        assert_eq!(habits(8, 0, 8).next(&state(0, 1, 2), 2), Next::Rest);
-        assert_eq!(habits(8, 0, 8).next(&state(0, 0, 3), 2), Next::Wait);
-    }
-
-    #[test]
-    fn a_thread_with_too_much_to_do_calls_another() {
-        assert_eq!(habits(0, 8, 8).next(&state(0, 0, 3), 2), Next::WaitAndRecall);
-        assert_eq!(habits(0, 8, 8).next(&state(1, 0, 2), 2), Next::Wait);
-        assert_eq!(habits(0, 8, 8).next(&state(0, 0, 0), 2), Next::Wait);
-    }
-
-    #[test]
-    fn quick_answers_need_no_more_threads_than_processors_but_slow_ones_may() {
-        assert_eq!(habits(0, 8, 8).next(&state(2, 0, 1), 2), Next::Rest);
-        assert_eq!(habits(0, 8, 0).next(&state(2, 0, 1), 2), Next::Wait);
-    }
-
-    #[test]
-    fn somebody_always_comes_back_though_all_others_are_blocked() {
+    fn a_thread_rests_only_if_there_are_more_than_processors_and_comes_back_when_the_others_stop() {
         let crew = Crew::new(2);
+        crew.at_work.store(2, Ordering::Relaxed);
+        crew.rest();
+        assert_eq!(crew.at_work.load(Ordering::Relaxed), 2);
+        crew.at_work.store(3, Ordering::Relaxed);
         std::thread::scope(|scope| {
-            let blocked = crew.turn(0);
-            let rested = scope.spawn(|| crew.rest());
-            rested.join().unwrap();
-            drop(blocked);
+            let resting = scope.spawn(|| crew.rest());
+            while crew.at_work.load(Ordering::Relaxed) == 3 {
+                std::thread::yield_now();
+            }
+            resting.join().unwrap();
         });
-        assert_eq!(crew.state().resting, 0);
+        assert_eq!(crew.at_work.load(Ordering::Relaxed), 3);
+    }
+
+    #[test]
+    fn a_slow_answer_ends_a_row_of_quick_ones() {
+        let crew = Crew::new(1);
+        let mut slow = crew.turn(0);
+        slow.enough = Duration::ZERO;
+        IN_A_ROW.set(Some(MANY));
+        drop(slow);
+        assert_eq!(IN_A_ROW.get(), Some(0));
+        assert_eq!(crew.answers().slow, 1);
     }
 }

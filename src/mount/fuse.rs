@@ -193,7 +193,7 @@ impl Filesystem for Fuse {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        let _turn = self.crew.turn(0);
+        let _turn = self.crew.turn(size.into());
         if size >= WORTH_MAPPING
             && let Some(run) = self.tree.mapped(Handle(handle.0), offset, size.into())
         {

@@ -262,6 +262,10 @@ impl Store for FileStore {
     }
 
     fn mapped(&self, range: Range<u64>) -> Option<MappedRun> {
+        // If the file was cut, reading says so in words, where a reply from its mapping would just fail.
+        if self.file.metadata().ok()?.len() < range.end {
+            return None;
+        }
         self.mapping.get_or_init(|| Mapping::new(&self.file).ok()).as_ref()?.run(range)
     }
 
