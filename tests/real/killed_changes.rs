@@ -26,7 +26,7 @@ fn place(writer: u64) -> u64 {
 
 /// Panics if QEMU finds more than leaks and flags that disagree with them: while a snapshot is made, counts are raised before
 /// flags are cleared, whatever the order, and a repair of leaks must mend both.
-fn check_for_flags_and_leaks_only(image: &Path) {
+pub fn check_for_flags_and_leaks_only(image: &Path) {
     let found = attempt("qemu-img", &args!["check", image]);
     let mut errors = found.stderr.lines().filter(|line| line.starts_with("ERROR"));
     assert!(errors.all(|line| line.starts_with("ERROR OFLAG_COPIED")), "{found}");

@@ -28,6 +28,7 @@ mod hostile_names;
 mod kill_loop;
 mod killed;
 mod killed_changes;
+mod killed_under_fio;
 mod live_file_system;
 mod live_snapshots;
 mod locks;

@@ -13,6 +13,7 @@ pub mod mounted_file;
 pub mod mute;
 pub mod oracle;
 pub mod random;
+pub mod stamped;
 pub mod tools;
 pub mod watchdog;
 pub mod writer;
