@@ -13,6 +13,8 @@ mod overlay;
 mod policy;
 mod resolved;
 mod secrets;
+#[cfg(test)]
+mod tests;
 mod together;
 mod twin;
 mod unlock;
