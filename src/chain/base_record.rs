@@ -82,6 +82,23 @@ impl Chain {
         image.record_base(record).at(top.path())
     }
 
+    /// As [`Chain::record_base`], and closes the image. Its own time of last change stays as it was, if it can: what its disk
+    /// holds did not change, and overlays of it may remember that time.
+    ///
+    /// # Errors
+    /// As [`Chain::record_base`] and [`Chain::close`].
+    pub fn seal(&self, record: &BaseRecord) -> Result<()> {
+        let (top, _) = self.top_and_base()?;
+        let modified = top.store().modified().doing("look at it").at(top.path())?;
+        self.record_base(record)?;
+        self.close()?;
+        let put_back = top.store().set_modified(modified);
+        if let Err(error) = put_back.doing("put back its time of last change").at(top.path()) {
+            log::warn!("{error}");
+        }
+        Ok(())
+    }
+
     /// Compares what the top image remembers with what was `found`: the bytes if both are known, else length and time.
     ///
     /// # Errors

@@ -16,7 +16,9 @@ use crate::qcow2::BaseRecord;
 ///
 /// Length and time of last change are remembered, in a header extension that other programs keep and ignore. Mounting warns
 /// of a backing file that is no longer like that; with -o strict it is refused. Images made by create -b, overlay and revert
-/// remember their backing files from the beginning. The image must not be in use.
+/// remember their backing files from the beginning. What is remembered counts for the backing file of that name only: an image
+/// that is rebased to another one remembers nothing. The image must not be in use. Its own time of last change stays as it is,
+/// since its overlays may remember that; but it becomes other bytes, so seal --hash it before them.
 #[derive(clap::Args)]
 pub struct Arguments {
     /// Remember the SHA-256 of the backing file, too: all of it is read
@@ -53,8 +55,7 @@ fn seal(arguments: &Arguments) -> Result<String> {
     let chain = open(arguments, Writability::Writable)?;
     let closeness = if arguments.hash { Closeness::Content } else { Closeness::Stamp };
     let record = look(arguments, &chain, closeness)?;
-    chain.record_base(&record)?;
-    chain.close()?;
+    chain.seal(&record)?;
     Ok(format!("{} remembers {}", arguments.image.display(), words(&chain, &record)))
 }
 

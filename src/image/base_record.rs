@@ -23,9 +23,10 @@ impl Image {
         for (at, bytes) in record.put_into(&cluster)? {
             self.switch_header_field(at, bytes)?;
         }
-        let extensions = &mut self.metadata().header.extensions;
-        extensions.retain(|extension| !matches!(extension, Extension::BaseRecord(_)));
-        extensions.push(Extension::BaseRecord(record.to_data()));
+        let header = &mut self.metadata().header;
+        let data = record.to_data(header.backing_name.as_deref().unwrap_or_default());
+        header.extensions.retain(|extension| !matches!(extension, Extension::BaseRecord(_)));
+        header.extensions.push(Extension::BaseRecord(data));
         Ok(())
     }
 }

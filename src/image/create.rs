@@ -147,7 +147,9 @@ fn extensions(options: &CreateOptions) -> Vec<Extension> {
     if options.version == Version::V3 {
         extensions.push(Extension::feature_names());
     }
-    let record = options.backing.as_ref().and_then(|backing| backing.record.as_ref());
-    extensions.extend(record.map(|record| Extension::BaseRecord(record.to_data())));
+    extensions.extend(options.backing.as_ref().and_then(|backing| {
+        let record = backing.record.as_ref()?;
+        Some(Extension::BaseRecord(record.to_data(&backing.name)))
+    }));
     extensions
 }

@@ -36,7 +36,9 @@ struct Raw {
     len: U64,
     modified_seconds: I64,
     modified_nanoseconds: U32,
-    reserved: U32,
+    /// The beginning of the SHA-256 of the name that the header has for the file, or zeroes. QEMU keeps the record also where
+    /// it gives the image another backing file.
+    name: [u8; 4],
     digest: [u8; 32],
     /// The beginning of the SHA-256 of all before: the record may lie in two sectors, of which a power cut writes one.
     checksum: [u8; 8],
@@ -45,16 +47,24 @@ struct Raw {
 impl Raw {
     fn checksum_of_rest(&self) -> [u8; 8] {
         let bytes = self.as_bytes();
-        let hash = Sha256::digest(&bytes[..bytes.len() - 8]);
-        std::array::from_fn(|at| hash[at])
+        beginning_of_hash(&bytes[..bytes.len() - 8])
     }
 }
 
+fn beginning_of_hash<const N: usize>(bytes: &[u8]) -> [u8; N] {
+    let hash = Sha256::digest(bytes);
+    std::array::from_fn(|at| hash[at])
+}
+
 impl BaseRecord {
-    /// Reads the data of the extension; `None` for one that was not written whole, or by a later version.
-    pub fn parse(data: &[u8]) -> Option<Self> {
+    /// Reads the data of the extension; `None` for one that was not written whole, by a later version, or of another file
+    /// than the one that the header names now.
+    pub fn parse(data: &[u8], backing_name: &[u8]) -> Option<Self> {
         let (raw, _) = Raw::ref_from_prefix(data).ok()?;
         if raw.version.get() != VERSION || raw.checksum != raw.checksum_of_rest() {
+            return None;
+        }
+        if raw.name != [0; 4] && raw.name != beginning_of_hash(backing_name) {
             return None;
         }
         Some(Self {
@@ -65,15 +75,15 @@ impl BaseRecord {
         })
     }
 
-    /// The data of the extension.
-    pub fn to_data(&self) -> Vec<u8> {
+    /// The data of the extension, in an image whose header names the file so.
+    pub fn to_data(&self, backing_name: &[u8]) -> Vec<u8> {
         let mut raw = Raw {
             version: VERSION.into(),
             flags: if self.digest.is_some() { HAS_DIGEST } else { 0 }.into(),
             len: self.len.into(),
             modified_seconds: self.modified_seconds.into(),
             modified_nanoseconds: self.modified_nanoseconds.into(),
-            reserved: 0.into(),
+            name: beginning_of_hash(backing_name),
             digest: self.digest.unwrap_or_default(),
             checksum: [0; 8],
         };
@@ -87,9 +97,9 @@ impl BaseRecord {
     /// # Errors
     /// A first cluster without room for it; extensions without an end mark, or one that two sectors share.
     pub fn put_into(&self, cluster: &[u8]) -> Result<Vec<(HostOffset, Vec<u8>)>> {
-        let data = self.to_data();
         let place = |at: usize| HostOffset::new(at as u64);
         let Places { extensions, end_mark, backing_name } = Places::find(cluster)?;
+        let data = self.to_data(&cluster[backing_name.clone()]);
         let found = extensions.iter().rev().find(|(kind, _)| *kind == BASE_RECORD);
         if let Some((_, old)) = found.filter(|(_, old)| old.len() == DATA_LEN) {
             return Ok(vec![(place(old.start), data)]);
@@ -126,6 +136,8 @@ mod tests {
     use crate::qcow2::{Extension, Header};
     use crate::random::{Random, seeds};
 
+    const NAME: &[u8] = b"base.raw";
+
     fn record(digest: Option<[u8; 32]>) -> BaseRecord {
         BaseRecord { len: 1 << 33, modified_seconds: -5, modified_nanoseconds: 999_999_999, digest }
     }
@@ -145,23 +157,50 @@ mod tests {
         cluster[112..name].copy_from_slice(&extensions);
         cluster[8..16].copy_from_slice(&(name as u64).to_be_bytes());
         cluster[16..20].copy_from_slice(&8_u32.to_be_bytes());
-        cluster[name..name + 8].copy_from_slice(b"base.raw");
+        cluster[name..name + 8].copy_from_slice(NAME);
         cluster
     }
 
     #[test]
     fn a_record_survives_writing_and_reading_and_no_byte_of_it_may_change() {
         for record in [record(None), record(Some([7; 32]))] {
-            let data = record.to_data();
-            assert_eq!(BaseRecord::parse(&data), Some(record));
+            let data = record.to_data(NAME);
+            assert_eq!(BaseRecord::parse(&data, NAME), Some(record));
+            assert_eq!(BaseRecord::parse(&data, b"base.ra"), None);
+            assert_eq!(BaseRecord::parse(&data, b""), None);
             for at in 0..data.len() {
                 let mut torn = data.clone();
                 torn[at] ^= 1;
-                assert_eq!(BaseRecord::parse(&torn), None, "byte {at}");
+                assert_eq!(BaseRecord::parse(&torn, NAME), None, "byte {at}");
             }
         }
-        assert_eq!(BaseRecord::parse(&[0; DATA_LEN]), None);
-        assert_eq!(BaseRecord::parse(&[]), None);
+        assert_eq!(BaseRecord::parse(&[0; DATA_LEN], NAME), None);
+        assert_eq!(BaseRecord::parse(&[], NAME), None);
+    }
+
+    #[test]
+    fn a_record_from_before_names_were_in_it_is_of_any_file() {
+        let mut raw = Raw::read_from_bytes(&record(None).to_data(NAME)).unwrap();
+        raw.name = [0; 4];
+        raw.checksum = raw.checksum_of_rest();
+        assert_eq!(BaseRecord::parse(raw.as_bytes(), b"other.raw"), Some(record(None)));
+    }
+
+    #[test]
+    fn a_header_that_names_another_file_has_no_record_until_it_gets_one_of_that() {
+        let mut cluster = cluster();
+        let put = |cluster: &mut [u8]| {
+            for (at, bytes) in record(None).put_into(cluster).unwrap() {
+                cluster[at.get() as usize..][..bytes.len()].copy_from_slice(&bytes);
+            }
+            assert_eq!(Header::parse(cluster).unwrap().base_record(), Some(record(None)));
+        };
+        put(&mut cluster);
+        let name = Places::find(&cluster).unwrap().backing_name;
+        cluster[name].copy_from_slice(b"main.raw");
+        assert_eq!(Header::parse(&cluster).unwrap().base_record(), None);
+        put(&mut cluster);
+        assert_eq!(Header::parse(&cluster).unwrap().extensions.len(), 3);
     }
 
     #[test]

@@ -247,13 +247,14 @@ impl Header {
         })
     }
 
-    /// What the image remembers of its backing file.
+    /// What the image remembers of its backing file, if that is the one that it names.
     pub fn base_record(&self) -> Option<BaseRecord> {
         let data = self.last_extension(|extension| match extension {
             Extension::BaseRecord(data) => Some(data),
             _ => None,
         });
-        data.and_then(|data| BaseRecord::parse(data))
+        let name = self.backing_name.as_deref().unwrap_or_default();
+        data.and_then(|data| BaseRecord::parse(data, name))
     }
 
     /// Of two extensions of one type QEMU takes the last.

@@ -166,6 +166,14 @@ impl FileStore {
     pub fn modified(&self) -> io::Result<SystemTime> {
         self.file.metadata()?.modified()
     }
+
+    /// Says when that was.
+    ///
+    /// # Errors
+    /// The operating system's answer, also where the file belongs to another user.
+    pub fn set_modified(&self, time: SystemTime) -> io::Result<()> {
+        self.file.set_modified(time)
+    }
 }
 
 impl Store for FileStore {

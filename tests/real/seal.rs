@@ -145,6 +145,48 @@ fn a_hash_tells_a_copy_from_a_change() {
 }
 
 #[test]
+fn sealing_an_image_is_no_change_for_its_own_overlay() {
+    let images = Images::new();
+    let base = images.create("base.qcow2", 4 * M, "");
+    let middle = images.overlay("middle.qcow2", "base.qcow2", "");
+    paint(&middle, &mut Random::new(605), 4 * M, 10);
+    let top = images.path("top.qcow2");
+    qchainfs(&args!["create", "-b", "middle.qcow2", "-F", "qcow2", &top]).ok();
+    for options in [&args!["seal", "-q"][..], &args!["seal", "-q", "--hash"]] {
+        qchainfs(&[options, &args![&middle]].concat()).ok();
+        is_content_with_its_base(&middle);
+        is_content_with_its_base(&top);
+    }
+    // A change from before it was sealed is one after that, too.
+    io(&middle, &["write -P 9 0 64k"]);
+    qchainfs(&args!["seal", "-q", &middle]).ok();
+    misses_its_base(&top);
+    io(&base, &["write -P 9 0 64k"]);
+    misses_its_base(&middle);
+}
+
+#[test]
+fn an_image_that_got_another_backing_file_remembers_nothing_of_the_old_one() {
+    for options in [&args!["rebase", "-u"][..], &args!["rebase"]] {
+        let images = Images::new();
+        let base = images.create("base.qcow2", 4 * M, "");
+        paint(&base, &mut Random::new(606), 4 * M, 10);
+        let other = images.create("other.qcow2", 4 * M, "");
+        let image = images.path("top.qcow2");
+        qchainfs(&args!["create", "-b", "base.qcow2", "-F", "qcow2", &image]).ok();
+        run("qemu-img", &[options, &args!["-b", "other.qcow2", "-F", "qcow2", &image]].concat());
+        is_content_with_its_base(&image);
+        let said = qchainfs(&args!["seal", "--verify", &image]).fails(2);
+        assert!(said.contains("does not remember"), "{said}");
+        qchainfs(&args!["seal", "-q", &image]).ok();
+        is_content_with_its_base(&image);
+        check(&image);
+        io(&other, &["write -P 9 0 64k"]);
+        misses_its_base(&image);
+    }
+}
+
+#[test]
 fn what_can_not_be_sealed_says_why() {
     let images = Images::new();
     let base = images.create("base.qcow2", M, "");
