@@ -81,11 +81,21 @@ impl Chain {
             }
             Err(error) => {
                 let exists = matches!(error.problem(), Problem::Exists);
-                if !exists || existing == Existing::Refuse {
+                if !exists {
                     return Err(error);
                 }
+                let is_member = |id| self.members.iter().any(|member| member.has_file(id));
+                if existing == Existing::Refuse {
+                    // Not even force overwrites a member.
+                    let overwritable = !FileId::of(file).is_some_and(is_member);
+                    return Err(if overwritable {
+                        Error::new(Problem::ExistsUnforced)
+                    } else {
+                        error
+                    });
+                }
                 let store = FileStore::open(file, Access::ReadWrite)?;
-                if self.members.iter().any(|member| member.has_file(store.id())) {
+                if is_member(store.id()) {
                     return Err(Error::usage(format!("{} is part of the chain", file.display())));
                 }
                 // Not before nobody else is known to use it.

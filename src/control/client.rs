@@ -1,6 +1,6 @@
 //! The side of the socket that our own verbs are on.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader, ErrorKind, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -51,7 +51,7 @@ impl Client {
     fn call(&mut self, name: &str, arguments: &Value) -> Result<Value> {
         let request = json!({ "execute": name, "arguments": arguments });
         let sent = self.stream.get_mut().write_all(format!("{request}\n").as_bytes());
-        sent.doing("talk to the mount's process").at(&self.path)?;
+        sent.map_err(ended).at(&self.path)?;
         loop {
             let mut answer = self.receive()?;
             if answer.get("event").is_some() {
@@ -69,10 +69,8 @@ impl Client {
 
     fn receive(&mut self) -> Result<Value> {
         let mut line = String::new();
-        let read = self.stream.read_line(&mut line);
-        if read.doing("talk to the mount's process").at(&self.path)? == 0 {
-            let ended = std::io::ErrorKind::UnexpectedEof.into();
-            return Err(Error::io("talk to the mount's process", ended).at(&self.path));
+        if self.stream.read_line(&mut line).map_err(ended).at(&self.path)? == 0 {
+            return Err(Error::new(Problem::Ended).at(&self.path));
         }
         serde_json::from_str(&line).map_err(|_| self.nonsense(&Value::String(line.clone())))
     }
@@ -80,6 +78,14 @@ impl Client {
     fn nonsense(&self, said: &Value) -> Error {
         let message = format!("its process answers what is no QMP: {said}");
         Error::new(Problem::Helper { program: "the control socket", message }).at(&self.path)
+    }
+}
+
+/// What it means that talking to the mount's process has failed.
+fn ended(error: io::Error) -> Error {
+    match error.kind() {
+        ErrorKind::BrokenPipe | ErrorKind::ConnectionReset => Error::new(Problem::Ended),
+        _ => Error::io("talk to the mount's process", error),
     }
 }
 

@@ -26,6 +26,8 @@ use crate::error::{Doing, Result};
 const MAX_REQUEST: u64 = 1 << 20;
 /// Rest after a client that could not be let in.
 const AFTER_FAILURE: Duration = Duration::from_millis(100);
+/// How long an answer may take to be read.
+const PATIENCE: Duration = Duration::from_secs(5);
 /// Clients at once: each costs a thread.
 const MAX_CLIENTS: usize = 64;
 
@@ -102,9 +104,9 @@ impl Drop for Server {
         let clients = std::mem::take(&mut *self.shared.clients());
         for client in &clients {
             // One that has gone is as good.
-            let _ = client.stream.shutdown(Shutdown::Both);
+            let _ = client.stream.shutdown(Shutdown::Read);
         }
-        // What they have begun is done before anything else ends.
+        // What they have begun is done, and answered, before anything else ends.
         for client in clients {
             if client.thread.join().is_err() {
                 log::error!("a control client's thread ran into a bug");
@@ -147,6 +149,8 @@ impl Shared {
             log::warn!("control socket: more than {MAX_CLIENTS} clients");
             return Ok(());
         }
+        // One that does not read its answers must not keep the mount from ending.
+        client.set_write_timeout(Some(PATIENCE))?;
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let stream = client.try_clone()?;
         let shared = self.clone();
@@ -175,6 +179,9 @@ impl Shared {
         send(client, &greeting())?;
         let mut negotiated = false;
         for request in Requests::new(client) {
+            if self.stopping.load(Ordering::Acquire) {
+                break;
+            }
             let value = match request {
                 Ok(value) => value,
                 Err(error) => {
@@ -274,6 +281,7 @@ impl Read for Bounded<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::Problem;
 
     struct Nothing;
 
@@ -281,6 +289,41 @@ mod tests {
         fn execute(&self, _command: &Command) -> Result<Value> {
             Ok(json!({}))
         }
+    }
+
+    /// Does what it is asked for when its server is about to end.
+    struct Late {
+        path: PathBuf,
+        begun: AtomicBool,
+    }
+
+    impl Target for Late {
+        fn execute(&self, _command: &Command) -> Result<Value> {
+            self.begun.store(true, Ordering::SeqCst);
+            while self.path.exists() {
+                thread::yield_now();
+            }
+            Ok(json!("done"))
+        }
+    }
+
+    #[test]
+    fn a_command_that_was_begun_is_answered_though_the_server_ends_and_a_later_one_is_not() {
+        let temp = tempfile::tempdir().unwrap();
+        let path = temp.path().join("x.sock");
+        let target = Arc::new(Late { path: path.clone(), begun: AtomicBool::new(false) });
+        let server = Server::start(&path, target.clone()).unwrap();
+        let mut client = super::super::Client::connect(&path).unwrap();
+        thread::scope(|scope| {
+            let asking = scope.spawn(|| client.execute(&Command::QueryNodes));
+            while !target.begun.load(Ordering::SeqCst) {
+                thread::yield_now();
+            }
+            drop(server);
+            assert_eq!(asking.join().unwrap().unwrap(), json!("done"));
+        });
+        let error = client.execute(&Command::QueryNodes).unwrap_err();
+        assert!(matches!(error.problem(), Problem::Ended), "{error}");
     }
 
     #[test]

@@ -32,6 +32,8 @@ pub enum Problem {
     NotARegularFile,
     /// A file that must not be overwritten is there already.
     Exists,
+    /// A file that is overwritten only by force is there already.
+    ExistsUnforced,
     /// The file lacks the qcow2 magic.
     NotQcow2,
     /// The format has it, this program does not (yet).
@@ -172,6 +174,8 @@ pub enum Problem {
         /// Why not.
         reason: String,
     },
+    /// A mount is gone, and has not said whether it did what it was asked for.
+    Ended,
     /// The mountpoint can't be used.
     Mountpoint {
         /// Why not.
@@ -373,7 +377,7 @@ impl Error {
             Problem::Usage { .. } | Problem::AmbiguousSnapshot { .. } => libc::EINVAL,
             Problem::Unsupported { .. } => libc::EOPNOTSUPP,
             Problem::Locked { .. } | Problem::Busy { .. } => libc::EBUSY,
-            Problem::Exists => libc::EEXIST,
+            Problem::Exists | Problem::ExistsUnforced => libc::EEXIST,
             _ => libc::EIO,
         }
     }

@@ -12,7 +12,7 @@ impl Error {
         match self.problem() {
             Problem::NotFound => format!("{file}: no such file"),
             Problem::NotARegularFile => format!("{file} is not a regular file"),
-            Problem::Exists => format!("{file} exists already"),
+            Problem::Exists | Problem::ExistsUnforced => format!("{file} exists already"),
             Problem::NotQcow2 => format!("{file} is not a qcow2 image"),
             Problem::Unsupported { feature } => {
                 format!("{file} needs a feature that is not supported: {feature}")
@@ -79,6 +79,7 @@ impl Error {
             Problem::Usage { message } => message.clone(),
             Problem::NotMounted => format!("{file} is not a mountpoint of qchainfs"),
             Problem::Unreachable { .. } => format!("the mount at {file} does not answer"),
+            Problem::Ended => "the mount ended before it said whether that is done".into(),
             Problem::Mountpoint { .. } => format!("{file} can't be used as a mountpoint"),
             Problem::Busy { holders } if holders.is_empty() => format!("{file} is still in use"),
             Problem::Busy { holders } => {
@@ -110,6 +111,12 @@ impl Error {
 
     fn cause(&self) -> Option<String> {
         match self.problem() {
+            Problem::ExistsUnforced => {
+                Some("--force overwrites it, and what it holds is lost".into())
+            }
+            Problem::Ended => Some(
+                "it was unmounted or its process died; the images show whether it was done".into(),
+            ),
             Problem::NotQcow2 => Some("it does not begin with the magic bytes 51 46 49 fb".into()),
             Problem::Invalid { reason, .. }
             | Problem::Refused { reason, .. }

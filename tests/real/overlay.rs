@@ -5,6 +5,7 @@ use std::os::unix::fs::{FileExt as _, symlink};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use crate::support::images::{Images, Untouched, check, paint, snapshot};
 use crate::support::loopdev::{FileSystem, LoopDevice};
@@ -206,6 +207,43 @@ fn an_image_at_rest_gets_an_overlay_too() {
 }
 
 #[test]
+fn an_overlay_that_is_made_while_the_mount_goes_says_what_came_of_it() {
+    for seed in seeds(8) {
+        let images = Images::new();
+        let image = images.create("disk.qcow2", 4 * M, "");
+        paint(&image, &mut Random::new(seed), 4 * M, 10);
+        let bytes = bytes_of(&image);
+        let mounted = Mounted::new(&image);
+        let root = mounted.root();
+        let mut top = image;
+        thread::scope(|scope| {
+            let umounted = scope.spawn(|| {
+                thread::sleep(Duration::from_millis(5 * seed));
+                qchainfs(&args!["umount", root])
+            });
+            for number in 0.. {
+                let new = images.path(&format!("{number}.qcow2"));
+                let outcome = qchainfs(&args!["overlay", root, &new]);
+                if outcome.code == Some(0) {
+                    top = new;
+                    continue;
+                }
+                let code = outcome.code.expect("an exit code");
+                let said = outcome.fails(code);
+                // Without the mount its mountpoint is a mere directory.
+                let words = ["the mount ended", "does not answer", "is not a regular file"];
+                assert!(words.iter().any(|word| said.contains(word)), "{said}");
+                break;
+            }
+            umounted.join().expect("join").ok();
+        });
+        mounted.is_over();
+        check(&top);
+        same("the disk", &bytes, &bytes_of(&top));
+    }
+}
+
+#[test]
 fn a_file_that_is_there_is_overwritten_only_by_force_and_a_member_never() {
     let images = Images::new();
     let image = images.create("disk.qcow2", 4 * M, "");
@@ -214,6 +252,9 @@ fn a_file_that_is_there_is_overwritten_only_by_force_and_a_member_never() {
     let mounted = Mounted::new(&image);
     let said = qchainfs(&args!["overlay", mounted.root(), &other]).fails(1);
     assert!(said.contains("exists already"), "{said}");
+    assert!(said.contains("--force"), "{said}");
+    let said = qchainfs(&args!["overlay", mounted.root(), &image]).fails(1);
+    assert!(said.contains("exists already") && !said.contains("--force"), "{said}");
     assert_eq!(fs::read(&other).expect("read"), b"precious");
     let said = qchainfs(&args!["overlay", "--force", mounted.root(), &image]).fails(2);
     assert!(said.contains("part of the chain"), "{said}");

@@ -156,6 +156,7 @@ fn what_is_no_older_member_is_refused_and_nothing_happens() {
         }
         let said = qchainfs(&args!["revert", target, "[1]", &precious]).fails(1);
         assert!(said.contains("exists already"), "{said}");
+        assert!(said.contains("--force"), "{said}");
         let said = qchainfs(&args!["revert", "--force", target, "[1]", &middle]).fails(2);
         assert!(said.contains("part of the chain"), "{said}");
     }
