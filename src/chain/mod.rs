@@ -24,6 +24,7 @@ pub use address::{Address, MemberChoice, SnapshotChoice};
 pub use backing_name::{BackingName, resolve as resolve_backing_name};
 pub use base_record::Closeness;
 pub use compose::Layer;
+pub use copy::Reflink;
 pub use diff::Differences;
 pub use extents::Extent;
 pub use member::{Disk, Format, Member, RawDisk};

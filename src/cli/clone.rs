@@ -15,7 +15,7 @@ use super::progress::{Form, Progress};
 use super::size::human;
 use super::views::Source;
 use super::{exit, logging, print};
-use crate::chain::{Chain, Depth, Format, Layer, OpenOptions, View};
+use crate::chain::{Chain, Depth, Format, Layer, OpenOptions, Reflink, View};
 use crate::error::{At, Doing, Error, Problem, Result};
 use crate::mount::STILL_DISK;
 
@@ -40,6 +40,11 @@ pub struct Arguments {
     /// Show what would be done, and do nothing
     #[arg(short = 'n', long)]
     dry_run: bool,
+    /// Whether the copy shares data with the files that it comes from instead of copying that, on a file system that can
+    /// (btrfs, XFS): auto where it is possible, always or not at all, never. What is compressed, encrypted, or in clusters
+    /// smaller than those of the copy is copied in any case
+    #[arg(long, value_enum, value_name = "WHEN", default_value = "auto")]
+    reflink: When,
     #[command(flatten)]
     source: Source,
     /// IMAGE, IMAGE@SNAPSHOT, IMAGE@#ID, IMAGE[N], IMAGE[N]@SNAPSHOT or IMAGE[FILE]; or a
@@ -49,6 +54,14 @@ pub struct Arguments {
     /// The file to make
     #[arg(value_name = "DEST")]
     to: PathBuf,
+}
+
+/// When data is shared.
+#[derive(Clone, Copy, ValueEnum)]
+enum When {
+    Auto,
+    Always,
+    Never,
 }
 
 /// Formats of copies.
@@ -85,7 +98,12 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
         false => Progress::new(arguments.progress),
     };
     let size = view.size();
-    view.copy_to(to, format, &mut |at| progress.update("clone", at.get(), size))?;
+    let reflink = match arguments.reflink {
+        When::Auto => Reflink::Auto,
+        When::Always => Reflink::Always,
+        When::Never => Reflink::Never,
+    };
+    view.copy_to(to, format, reflink, &mut |at| progress.update("clone", at.get(), size))?;
     progress.clear();
     if !arguments.quiet {
         print(&format!("{} is a copy of {}.\n", to.display(), arguments.address.display()))?;

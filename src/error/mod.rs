@@ -7,6 +7,7 @@ mod words;
 use std::ffi::OsString;
 use std::fmt;
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 /// The result of everything in this crate that can fail.
@@ -171,6 +172,15 @@ pub enum Problem {
     NotMounted,
     /// Nobody takes commands for a mount.
     Unreachable {
+        /// Why not.
+        reason: String,
+    },
+    /// A copy that shall share data can't.
+    NotShared {
+        /// The file that has the data.
+        file: PathBuf,
+        /// Where.
+        range: Range<u64>,
         /// Why not.
         reason: String,
     },

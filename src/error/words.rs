@@ -79,6 +79,12 @@ impl Error {
             Problem::Usage { message } => message.clone(),
             Problem::NotMounted => format!("{file} is not a mountpoint of qchainfs"),
             Problem::Unreachable { .. } => format!("the mount at {file} does not answer"),
+            Problem::NotShared { file: source, range, .. } => format!(
+                "{file} can't share the {} bytes at {} of {}",
+                range.end - range.start,
+                range.start,
+                show(source)
+            ),
             Problem::Ended => "the mount ended before it said whether that is done".into(),
             Problem::Mountpoint { .. } => format!("{file} can't be used as a mountpoint"),
             Problem::Busy { holders } if holders.is_empty() => format!("{file} is still in use"),
@@ -121,6 +127,7 @@ impl Error {
             Problem::Invalid { reason, .. }
             | Problem::Refused { reason, .. }
             | Problem::Unreachable { reason }
+            | Problem::NotShared { reason, .. }
             | Problem::Mountpoint { reason } => Some(reason.clone()),
             Problem::Corrupt { what } | Problem::BrokenData { what } => Some(what.clone()),
             Problem::NeedsRepair { mark } => Some(match mark {

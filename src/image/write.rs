@@ -155,6 +155,40 @@ impl Image {
         Ok(GuestRange::new(start, end - start))
     }
 
+    /// Has whole clusters of the disk, `range`, filled by `fill`, which is given a part of the range and the place in the file
+    /// of its new clusters. Those that they replace are given back.
+    ///
+    /// # Errors
+    /// As [`Image::write`]; of `fill`, by which nothing of that part changes.
+    pub fn fill_clusters(
+        &self,
+        range: GuestRange,
+        fill: &dyn Fn(GuestRange, HostOffset) -> Result<()>,
+    ) -> Result<()> {
+        self.check_inside(range)?;
+        self.begin_change()?;
+        let guard = self.claim_range(range);
+        let cluster_size = self.geometry.cluster_size();
+        let mut at = range.start;
+        while at < range.end() {
+            let to_table_end = self.geometry.l2_span() - at.get() % self.geometry.l2_span();
+            let wanted = (range.end() - at).min(to_table_end) / cluster_size;
+            let clusters = self.allocate(at, wanted)?;
+            let part = GuestRange::new(at, clusters.count * cluster_size);
+            let checked = self.metadata().writer()?.0.layout.check_data(clusters.start, part.len);
+            let filled = checked.and_then(|()| fill(part, clusters.start));
+            self.unsynced.store(true, Ordering::Release);
+            if let Err(error) = filled {
+                self.take_back_data(clusters)?;
+                return Err(error);
+            }
+            self.commit(part, clusters)?;
+            at = part.end();
+        }
+        drop(guard);
+        self.bound_dirty_metadata()
+    }
+
     /// Allocates `count` clusters that lie one behind the other, for a table.
     pub(super) fn allocate_contiguous(&self, count: u64) -> Result<Clusters> {
         let cluster_size = self.geometry.cluster_size();

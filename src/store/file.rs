@@ -13,6 +13,7 @@ use nix::sys::uio::pwritev;
 use nix::unistd::{Whence, lseek};
 
 use super::mapping::{MappedRun, Mapping};
+use super::reflink::share;
 use super::{LockMode, Store, lock};
 use crate::error::{Doing, Error, Problem, Result};
 use crate::units::HostOffset;
@@ -167,6 +168,14 @@ impl FileStore {
         self.file.metadata()?.modified()
     }
 
+    /// What its file system counts in.
+    ///
+    /// # Errors
+    /// The operating system's answer.
+    pub fn block_size(&self) -> io::Result<u64> {
+        Ok(self.file.metadata()?.blksize())
+    }
+
     /// Says when that was.
     ///
     /// # Errors
@@ -275,6 +284,10 @@ impl Store for FileStore {
             return None;
         }
         self.mapping.get_or_init(|| Mapping::new(&self.file).ok()).as_ref()?.run(range)
+    }
+
+    fn share(&self, range: Range<u64>, target: &FileStore, at: HostOffset) -> io::Result<()> {
+        share(&self.file, range, &target.file, at)
     }
 
     fn let_go(&self) {

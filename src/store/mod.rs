@@ -9,6 +9,7 @@ mod mapping;
 #[cfg(test)]
 pub(crate) mod memory;
 mod new_file;
+mod reflink;
 mod temporary;
 
 pub use absent::Absent;
@@ -16,6 +17,7 @@ pub use file::{Access, FileId, FileStore};
 pub use lock::{LockMode, holders};
 pub use mapping::MappedRun;
 pub use new_file::NewFile;
+pub use reflink::cannot_share;
 pub use temporary::TemporaryDirectory;
 
 use std::io;
@@ -81,6 +83,15 @@ pub trait Store: Send + Sync {
     /// The bytes of a range without copying them, of a file that nobody changes; `None` where that can't be had.
     fn mapped(&self, _range: Range<u64>) -> Option<MappedRun> {
         None
+    }
+
+    /// Lets the file `target` have the bytes of a range from `at` on, without copying them. All three are multiples of
+    /// [`FileStore::block_size`] of `target`.
+    ///
+    /// # Errors
+    /// [`cannot_share`] tells which of them say that this can't be had.
+    fn share(&self, _range: Range<u64>, _target: &FileStore, _at: HostOffset) -> io::Result<()> {
+        Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP))
     }
 
     /// Gives back the address space's hold on what [`Store::mapped`] has mapped.

@@ -1,5 +1,6 @@
 //! `clone`: copies of views that stand alone.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt as _;
@@ -9,7 +10,7 @@ use tempfile::TempDir;
 
 use crate::scratch::{chain, open, scratch};
 use crate::support::images::{Images, Untouched, allocated, check, io as qemu_io, snapshot};
-use crate::support::loopdev::FileSystem;
+use crate::support::loopdev::{FileSystem, LoopDevice};
 use crate::support::mounted::Mounted;
 use crate::support::oracle::{bytes_of, bytes_of_snapshot, holds, info, same};
 use crate::support::random::{Random, seeds};
@@ -182,4 +183,88 @@ fn a_copy_never_takes_the_place_of_a_file_and_is_there_whole_or_not_at_all() {
     assert_eq!(last["current-progress"], last["total-progress"]);
     outcome.ok();
     same("the copy", &bytes_of(&image), &bytes_of(&copy));
+}
+
+/// Whether the host's file system has some of the bytes of `file` in another one, too.
+fn is_shared(file: &Path) -> bool {
+    run("filefrag", &args!["-v", "-s", file]).contains("shared")
+}
+
+/// Clones views of images on a new file system that `make` makes, where files can share their data, and to it from elsewhere.
+fn shares_on(make: &[&str]) {
+    let images = Images::new();
+    let device = images.path("device");
+    File::create(&device).and_then(|file| file.set_len(400 * M)).expect("make a disk");
+    let device = LoopDevice::attach(&device);
+    let words: Vec<_> = make[1..].iter().map(OsString::from).chain(args![device.path()]).collect();
+    run(make[0], &words);
+    let inner = FileSystem::mount(device.path(), "rw");
+    let mut random = Random::new(517);
+    let base = images.create("base.qcow2", 16 * M, "");
+    qemu_io(&base, &["write -P 7 0 9M", "write -P 8 11M 1M", "write -z 2M 1M"]);
+    let raw = images.raw("plain.raw", &random.bytes(3_000_000));
+    let top = images.overlay("top.qcow2", "base.qcow2", "");
+    qemu_io(&top, &["write -P 1 1M 2M"]);
+    snapshot(&top, "one");
+    qemu_io(&top, &["write -P 2 100k 3M", "write -P 3 15M 70000"]);
+    let [base, top, raw] = [&base, &top, &raw].map(|image| {
+        let there = inner.path(&image.file_name().expect("a name").to_string_lossy());
+        fs::copy(image, &there).expect("copy an image");
+        there
+    });
+    run("sync", &args!["-f", base]);
+    let untouched = Untouched::now(&[&base, &top, &raw]);
+    let with = |rest: &str| OsString::from(format!("{}{rest}", top.display()));
+    for (address, expected) in [
+        (with(""), bytes_of(&top)),
+        (with("@one"), bytes_of_snapshot(&top, "one")),
+        (with("[1]"), bytes_of(&base)),
+        (raw.clone().into_os_string(), fs::read(&raw).expect("read")),
+    ] {
+        for (format, when) in [
+            ("raw", "always"),
+            ("raw", "auto"),
+            ("raw", "never"),
+            ("qcow2", "always"),
+            ("qcow2", "auto"),
+            ("qcow2", "never"),
+        ] {
+            let copy = inner.path(&format!("copy.{format}"));
+            let mut words = args!["clone", "-q", "-O", format, "--reflink", when].to_vec();
+            if address == raw {
+                words.extend(args!["--chain", "raw:".to_owned() + &raw.display().to_string()]);
+            }
+            words.extend(args![address, copy]);
+            qchainfs(&words).ok();
+            let mut expected = expected.clone();
+            expected.resize(expected.len().next_multiple_of(512), 0);
+            same(&format!("{} as {format}", address.display()), &expected, &bytes_of(&copy));
+            if format == "qcow2" {
+                check(&copy);
+            }
+            run("sync", &args!["-f", copy]);
+            assert_eq!(is_shared(&copy), when != "never", "{} {when}", copy.display());
+            fs::remove_file(&copy).expect("remove");
+        }
+    }
+    untouched.verify();
+    // To another file system nothing is shared.
+    let elsewhere = images.path("elsewhere.raw");
+    let always = args!["clone", "-O", "raw", "--reflink", "always", top, elsewhere];
+    let said = qchainfs(&always).fails(1);
+    assert!(said.contains("can't share the") && said.contains(".qcow2"), "{said}");
+    assert!(!elsewhere.exists());
+    qchainfs(&args!["clone", "-O", "raw", top, elsewhere]).ok();
+    holds(&elsewhere, &bytes_of(&top));
+}
+
+#[test]
+fn a_copy_on_xfs_shares_the_data_that_it_can() {
+    shares_on(&["mkfs.xfs", "-q", "-m", "reflink=1"]);
+}
+
+#[test]
+#[ignore = "needs btrfs in the kernel: tests/run runs it where that is there"]
+fn a_copy_on_btrfs_shares_the_data_that_it_can() {
+    shares_on(&["mkfs.btrfs", "-q"]);
 }

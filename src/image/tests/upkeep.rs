@@ -1,6 +1,7 @@
 //! What no reader sees and still must be: space given back, memory bounded, changes announced.
 
 use super::*;
+use crate::error::{Doing, Error, Problem};
 use crate::store::fault::{FaultStore, Survivors};
 use checker::{Findings, check};
 use kinds::{Data, KINDS, Kind};
@@ -33,6 +34,26 @@ fn a_write_whose_data_can_not_be_stored_gives_its_clusters_back() {
     let len = store.len().unwrap();
     image.write(&Nothing, GuestOffset::new(8192), &[2; 2048]).unwrap();
     assert_eq!(store.len().unwrap(), len, "the clusters that were given back were not used again");
+}
+
+#[test]
+fn clusters_that_somebody_else_fills_take_the_place_of_others_or_are_given_back() {
+    let store = Arc::new(FaultStore::new(SHAPE.create()));
+    let image = open(store.clone()).unwrap();
+    let size = image.geometry().cluster_size();
+    let clusters = |start, count| GuestRange::new(GuestOffset::new(start * size), count * size);
+    image.write(&Nothing, GuestOffset::ZERO, &vec![1; 4 * size as usize]).unwrap();
+    let fill = |part: GuestRange, host| {
+        store.write_at(&[&vec![2; part.len as usize]], host).doing("write to it")
+    };
+    image.fill_clusters(clusters(2, 5), &fill).unwrap();
+    let refused = |_, _| Err(Error::new(Problem::ReadOnly));
+    assert!(image.fill_clusters(clusters(0, 3), &refused).is_err());
+    image.flush_all().unwrap();
+    let size = size as usize;
+    let expected = [vec![1; 2 * size], vec![2; 5 * size], vec![0; size]].concat();
+    assert_same(&read_all(&image, &Nothing)[..8 * size], &expected, "the disk");
+    assert_eq!(check(&store.after_power_cut(Survivors::Nothing)), Findings::default());
 }
 
 #[test]
