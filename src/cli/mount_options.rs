@@ -15,7 +15,8 @@ pub const HELP: &str = "Mount options, separated by commas:\n\
      ro, rw                    read-only; writable (the default if it can be)\n\
      force_share               the same as -U\n\
      active                    with -U: show the active layer, too, though\n\
-     \u{20}                         its bytes may be half of a change\n\
+     \u{20}                         its bytes may be half of a change; its\n\
+     \u{20}                         partitions are those at the mount\n\
      growable                  truncate may make disk.raw larger\n\
      allow_other               other users may look inside\n\
      uid=N, gid=N              owner of the files (default: you)\n\
