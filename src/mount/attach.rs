@@ -442,7 +442,10 @@ mod tests {
         assert_eq!(escape(OsStr::new(r"/a,suid\b")), br"/a\,suid\\b");
         assert_eq!(
             helper_options(&options("/a,dev.qcow2")),
-            r"nosuid,nodev,default_permissions,ro,allow_other,noexec,max_read=1048576,subtype=qchainfs,fsname=/a\,dev.qcow2"
+            *format!(
+                "nosuid,nodev,default_permissions,ro,allow_other,noexec,max_read={MAX_READ},subtype=qchainfs,\
+                 fsname=/a\\,dev.qcow2"
+            )
         );
     }
 
