@@ -118,7 +118,11 @@ impl View {
         reflink: Reflink,
     ) -> Result<Option<GuestRange>> {
         // What may change has to be read under the locks of a read.
-        if reflink == Reflink::Never || self.map().is_none() || self.chain().is_writable() {
+        if reflink == Reflink::Never
+            || self.map().is_none()
+            || self.chain().is_writable()
+            || self.is_torn()
+        {
             return Ok(None);
         }
         let member = &self.chain().members()[extent.member];
@@ -130,7 +134,8 @@ impl View {
             shared.doing("share data with it")
         });
         match shared {
-            Ok(()) => Ok(Some(range)),
+            // A snapshot that another process has deleted meanwhile may have had other bytes there.
+            Ok(()) => self.confirmed(Ok(Some(range))),
             Err(error) if !cannot_share(error.errno()) => Err(error.at(target.path)),
             Err(_) if reflink == Reflink::Auto => Ok(None),
             Err(error) => {
