@@ -14,17 +14,20 @@ use nix::unistd::{Whence, lseek};
 
 use super::mapping::{MappedRun, Mapping};
 use super::reflink::share;
+use super::write_behind::{LARGE, WriteBehind};
 use super::{LockMode, Store, lock};
 use crate::error::{Doing, Error, Problem, Result};
 use crate::units::HostOffset;
 
 /// A regular file, opened once and kept open: image locks live as long as this value.
 pub struct FileStore {
-    file: File,
+    file: Arc<File>,
     id: FileId,
     /// Made when first asked for; `None` if it can't be had.
     mapping: OnceLock<Option<Arc<Mapping>>>,
     lasting: Lasting,
+    /// Made when something large is first written; `None` if it can't be had.
+    write_behind: OnceLock<Option<WriteBehind>>,
 }
 
 /// How long what is written to a file shall last.
@@ -118,7 +121,8 @@ impl FileStore {
             return Err(Error::new(Problem::NotARegularFile));
         }
         let id = FileId { device: metadata.dev(), inode: metadata.ino() };
-        Ok(Self { file, id, mapping: OnceLock::new(), lasting })
+        let (mapping, write_behind) = (OnceLock::new(), OnceLock::new());
+        Ok(Self { file: Arc::new(file), id, mapping, lasting, write_behind })
     }
 
     /// Takes QEMU's image locks (see [`LockMode`]); they last as long as this value.
@@ -168,20 +172,20 @@ impl FileStore {
         self.file.metadata()?.modified()
     }
 
+    /// Says when the content changed last.
+    ///
+    /// # Errors
+    /// The operating system's answer, also where the file belongs to another user.
+    pub fn set_modified(&self, time: SystemTime) -> io::Result<()> {
+        self.file.set_modified(time)
+    }
+
     /// What its file system counts in.
     ///
     /// # Errors
     /// The operating system's answer.
     pub fn block_size(&self) -> io::Result<u64> {
         Ok(self.file.metadata()?.blksize())
-    }
-
-    /// Says when that was.
-    ///
-    /// # Errors
-    /// The operating system's answer, also where the file belongs to another user.
-    pub fn set_modified(&self, time: SystemTime) -> io::Result<()> {
-        self.file.set_modified(time)
     }
 }
 
@@ -224,6 +228,10 @@ impl Store for FileStore {
                     IoSlice::advance_slices(&mut rest, n);
                 }
             }
+        }
+        if at - offset.get() >= LARGE && self.lasting == Lasting::Forever {
+            let behind = self.write_behind.get_or_init(|| WriteBehind::start(&self.file));
+            behind.iter().for_each(|behind| behind.wrote(offset.get()..at));
         }
         Ok(())
     }

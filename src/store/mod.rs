@@ -11,6 +11,7 @@ pub(crate) mod memory;
 mod new_file;
 mod reflink;
 mod temporary;
+mod write_behind;
 
 pub use absent::Absent;
 pub use file::{Access, FileId, FileStore};
