@@ -7,8 +7,9 @@ use std::thread;
 use super::{Chain, Extent};
 use crate::error::{At, Result};
 
-/// Fewer compressed runs than this are decompressed sooner than another thread is there.
-const WORTH_A_THREAD: usize = 4;
+/// Less than this is decompressed sooner than another thread is there. What the kernel asks for at once is less, and the
+/// session's threads share it anyway.
+const WORTH_A_THREAD: u64 = 512 << 10;
 
 /// A run of what is read, and where it goes.
 pub struct Piece<'a> {
@@ -35,8 +36,10 @@ impl Piece<'_> {
 /// # Errors
 /// As [`Piece::read`], the first that was met.
 pub fn read_together(chain: &Chain, pieces: Vec<Piece<'_>>) -> Result<()> {
-    let compressed = pieces.iter().filter(|piece| piece.extent.is_compressed()).count();
-    let helpers = (compressed / WORTH_A_THREAD).min(processors() - 1);
+    let compressed = pieces.iter().filter(|piece| piece.extent.is_compressed());
+    let bytes: u64 = compressed.map(|piece| piece.extent.range.len).sum();
+    let helpers =
+        usize::try_from(bytes / WORTH_A_THREAD).map_or(0, |most| most.min(processors() - 1));
     if helpers == 0 {
         return pieces.into_iter().try_for_each(|piece| piece.read(chain));
     }

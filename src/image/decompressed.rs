@@ -13,9 +13,6 @@ use crate::store::Store;
 /// Bytes of decompressed clusters that an image keeps at most.
 const CAPACITY_BYTES: u64 = 8 << 20;
 
-/// What is decompressed of a cluster is a multiple of this.
-const GRAIN: usize = 4096;
-
 /// The decompressed clusters of one image.
 ///
 /// Compressed clusters are never overwritten while anything points to them, so that what is here stays true.
@@ -26,7 +23,7 @@ pub(super) struct Decompressed {
 }
 
 struct Kept {
-    clusters: LruCache<CompressedCluster, Arc<[u8]>>,
+    clusters: LruCache<CompressedCluster, Arc<Vec<u8>>>,
     /// Grows when all is forgotten: what was read before must not be kept after.
     epoch: u64,
 }
@@ -78,7 +75,12 @@ impl Decompressed {
     ///
     /// # Errors
     /// Failing reads; data that does not decompress.
-    fn get(&self, store: &dyn Store, cluster: CompressedCluster, len: usize) -> Result<Arc<[u8]>> {
+    fn get(
+        &self,
+        store: &dyn Store,
+        cluster: CompressedCluster,
+        len: usize,
+    ) -> Result<Arc<Vec<u8>>> {
         let (known, epoch) = {
             let mut kept = self.kept();
             (kept.clusters.get(&cluster).cloned(), kept.epoch)
@@ -86,17 +88,26 @@ impl Decompressed {
         let len = match known {
             Some(bytes) if bytes.len() >= len => return Ok(bytes),
             Some(_) => self.cluster_size,
-            None => len.next_multiple_of(GRAIN).min(self.cluster_size),
+            None => len.next_multiple_of(self.grain()).min(self.cluster_size),
         };
         // Not under the lock: other clusters are decompressed at the same time.
         let mut bytes = vec![0; len];
         self.unpack(store, cluster, &mut bytes)?;
-        let bytes: Arc<[u8]> = bytes.into();
+        let bytes = Arc::new(bytes);
         let mut kept = self.kept();
         if kept.epoch == epoch {
             kept.clusters.put(cluster, bytes.clone());
         }
         Ok(bytes)
+    }
+
+    /// What is decompressed of a cluster is a multiple of this.
+    fn grain(&self) -> usize {
+        match self.compression {
+            Compression::Zlib => 4096,
+            // The largest block of a frame. A part of one costs as much as all of it.
+            Compression::Zstd => 128 << 10,
+        }
     }
 
     /// Forgets everything: somebody else may have written the file.
