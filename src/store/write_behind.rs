@@ -110,7 +110,8 @@ mod tests {
         let behind = WriteBehind { wishes: Arc::default(), thread: None };
         behind.wrote(0..10);
         behind.wrote(10..20);
-        assert_eq!(behind.wishes.state().ranges, [0..20]);
+        behind.wrote(30..40);
+        assert_eq!(behind.wishes.state().ranges, [0..20, 30..40]);
         (1..100).for_each(|n| behind.wrote(n * 100..n * 100 + 1));
         assert_eq!(behind.wishes.state().ranges.len(), MOST_RANGES);
     }
