@@ -9,7 +9,6 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::tools::{args, start};
-use super::watchdog::wait_until;
 
 /// How QEMU gets at the file.
 #[derive(Debug, Clone, Copy)]
@@ -23,8 +22,7 @@ pub enum Cache {
 /// The daemon, with a connection to its disk.
 pub struct Daemon {
     child: Child,
-    commands: Option<ChildStdin>,
-    answers: BufReader<ChildStdout>,
+    monitor: Monitor,
     disk: UnixStream,
     _directory: TempDir,
 }
@@ -64,14 +62,10 @@ impl Daemon {
             "nbd,id=nbd,node-name=disk,name=disk,writable=on",
         ]);
         let mut child = start(command.stdin(Stdio::piped()).stdout(Stdio::piped()));
-        let answers = BufReader::new(child.stdout.take().expect("a pipe"));
-        let commands = child.stdin.take();
-        wait_until("qemu-storage-daemon listens", || socket.exists());
+        // It obeys when all that its arguments ask for is there: its socket is there before somebody listens.
+        let monitor = Monitor::of(&mut child);
         let disk = connect(&socket);
-        let mut daemon = Self { child, commands, answers, disk, _directory: directory };
-        assert!(daemon.receive()["QMP"].is_object());
-        daemon.execute("qmp_capabilities", json!({}));
-        daemon
+        Self { child, monitor, disk, _directory: directory }
     }
 
     /// The id of the process.
@@ -83,14 +77,14 @@ impl Daemon {
     #[track_caller]
     pub fn create_snapshot(&mut self, name: &str) {
         let arguments = json!({ "device": "disk", "name": name });
-        self.execute("blockdev-snapshot-internal-sync", arguments);
+        self.monitor.execute("blockdev-snapshot-internal-sync", arguments);
     }
 
     /// Deletes an internal snapshot.
     #[track_caller]
     pub fn delete_snapshot(&mut self, name: &str) {
         let arguments = json!({ "device": "disk", "name": name });
-        self.execute("blockdev-snapshot-delete-internal-sync", arguments);
+        self.monitor.execute("blockdev-snapshot-delete-internal-sync", arguments);
     }
 
     /// Writes to the disk.
@@ -126,6 +120,39 @@ impl Daemon {
         assert_eq!(reply[..8], [0x67, 0x44, 0x66, 0x98, 0, 0, 0, 0], "the daemon refuses");
     }
 
+    /// Lets it close the image in order.
+    #[track_caller]
+    pub fn quit(mut self) {
+        self.monitor.execute("quit", json!({}));
+        let ended = self.child.wait().expect("wait for the daemon");
+        assert!(ended.success(), "{ended}");
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        self.monitor.commands.take();
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// What a daemon is told, and what it answers.
+struct Monitor {
+    commands: Option<ChildStdin>,
+    answers: BufReader<ChildStdout>,
+}
+
+impl Monitor {
+    #[track_caller]
+    fn of(daemon: &mut Child) -> Self {
+        let answers = BufReader::new(daemon.stdout.take().expect("a pipe"));
+        let mut monitor = Self { commands: daemon.stdin.take(), answers };
+        assert!(monitor.receive()["QMP"].is_object());
+        monitor.execute("qmp_capabilities", json!({}));
+        monitor
+    }
+
     #[track_caller]
     fn execute(&mut self, command: &str, arguments: Value) {
         let request = json!({ "execute": command, "arguments": arguments });
@@ -146,22 +173,6 @@ impl Daemon {
         let mut line = String::new();
         self.answers.read_line(&mut line).expect("receive");
         serde_json::from_str(&line).unwrap_or_else(|_| panic!("no JSON: {line:?}"))
-    }
-
-    /// Lets it close the image in order.
-    #[track_caller]
-    pub fn quit(mut self) {
-        self.execute("quit", json!({}));
-        let ended = self.child.wait().expect("wait for the daemon");
-        assert!(ended.success(), "{ended}");
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        self.commands.take();
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
 
