@@ -87,16 +87,15 @@ impl Chain {
                 let is_member = |id| self.members.iter().any(|member| member.has_file(id));
                 if existing == Existing::Refuse {
                     // Not even force overwrites a member.
-                    let overwritable = !FileId::of(file).is_some_and(is_member);
-                    return Err(if overwritable {
-                        Error::new(Problem::ExistsUnforced)
+                    return Err(Error::new(if FileId::of(file).is_some_and(is_member) {
+                        Problem::PartOfChain
                     } else {
-                        error
-                    });
+                        Problem::ExistsUnforced
+                    }));
                 }
                 let store = FileStore::open(file, Access::ReadWrite)?;
                 if is_member(store.id()) {
-                    return Err(Error::usage(format!("{} is part of the chain", file.display())));
+                    return Err(Error::new(Problem::PartOfChain));
                 }
                 // Not before nobody else is known to use it.
                 store.lock(LockMode::Write)?;

@@ -104,21 +104,21 @@ impl Request {
     pub fn parse(value: Value) -> Result<Self, (Refusal, Option<Value>)> {
         let wrong = |what: &str, id| Err((Refusal::Wrong(what.to_owned()), id));
         let Value::Object(mut object) = value else {
-            return wrong("QMP input must be a JSON object", None);
+            return wrong("a request is a JSON object", None);
         };
         let id = object.remove("id");
         let name = match object.remove("execute") {
             Some(Value::String(name)) => name,
-            Some(_) => return wrong("QMP input member 'execute' must be a string", id),
-            None => return wrong("QMP input lacks member 'execute'", id),
+            Some(_) => return wrong("\"execute\" is a string, the name of a command", id),
+            None => return wrong("the request has no \"execute\"", id),
         };
         let arguments = match object.remove("arguments") {
             None => Map::new(),
             Some(Value::Object(arguments)) => arguments,
-            Some(_) => return wrong("QMP input member 'arguments' must be an object", id),
+            Some(_) => return wrong("\"arguments\" is a JSON object", id),
         };
         match object.keys().next() {
-            Some(key) => wrong(&format!("QMP input member '{key}' is unexpected"), id),
+            Some(key) => wrong(&format!("no request has \"{key}\""), id),
             None => Ok(Self { name, arguments, id }),
         }
     }
@@ -165,7 +165,7 @@ impl Command {
                 Self::Resize { size }
             }
             _ => {
-                let text = format!("The command {name} has not been found");
+                let text = format!("there is no command \"{name}\"; query-commands lists them");
                 return Err(Refusal::UnknownCommand(text));
             }
         })
@@ -368,7 +368,7 @@ fn check_device(device: &str) -> Result<(), Refusal> {
     match device == DEVICE || device == format!("{NODE_PREFIX}0") {
         true => Ok(()),
         false => Err(Refusal::Wrong(format!(
-            "Cannot find device={device}: a mount has the device \"{DEVICE}\""
+            "there is no device \"{device}\": a mount has one, \"{DEVICE}\""
         ))),
     }
 }

@@ -186,7 +186,7 @@ impl Shared {
                 Ok(value) => value,
                 Err(error) => {
                     // What comes behind can't be told from what is broken.
-                    let text = format!("JSON parse error, {error}");
+                    let text = format!("this is no JSON: {error}");
                     return send(client, &refusal(&Refusal::Wrong(text), None));
                 }
             };
@@ -206,11 +206,11 @@ impl Shared {
                 return success(json!({}), id);
             }
             ("qmp_capabilities", true) => {
-                let text = "Capabilities negotiation is already complete, command ignored";
+                let text = "the session has begun already: qmp_capabilities is for its beginning";
                 return refusal(&Refusal::UnknownCommand(text.to_owned()), id);
             }
             (_, false) => {
-                let text = "Expecting capabilities negotiation with 'qmp_capabilities'";
+                let text = "a session begins with qmp_capabilities";
                 return refusal(&Refusal::UnknownCommand(text.to_owned()), id);
             }
             ("query-version", true) => return success(version(), id),

@@ -35,6 +35,8 @@ pub enum Problem {
     Exists,
     /// A file that is overwritten only by force is there already.
     ExistsUnforced,
+    /// A file that is part of a chain was to be made anew.
+    PartOfChain,
     /// The file lacks the qcow2 magic.
     NotQcow2,
     /// The format has it, this program does not (yet).
@@ -194,6 +196,18 @@ pub enum Problem {
     /// Somebody still uses the mount.
     Busy {
         /// The processes and devices, as far as they can be seen.
+        holders: Vec<String>,
+    },
+    /// The disk was to become another one, and somebody could write to it.
+    OpenForWriting {
+        /// As in [`Problem::Busy`].
+        holders: Vec<String>,
+    },
+    /// An internal snapshot was to be deleted, and somebody has its disk open or its scratch twin holds changes.
+    SnapshotInUse {
+        /// Its name.
+        name: String,
+        /// As in [`Problem::Busy`].
         holders: Vec<String>,
     },
     /// A helper program failed or is not there.
@@ -386,8 +400,11 @@ impl Error {
             Problem::SnapshotGone { .. } => libc::ESTALE,
             Problem::Usage { .. } | Problem::AmbiguousSnapshot { .. } => libc::EINVAL,
             Problem::Unsupported { .. } => libc::EOPNOTSUPP,
-            Problem::Locked { .. } | Problem::Busy { .. } => libc::EBUSY,
-            Problem::Exists | Problem::ExistsUnforced => libc::EEXIST,
+            Problem::Locked { .. }
+            | Problem::Busy { .. }
+            | Problem::OpenForWriting { .. }
+            | Problem::SnapshotInUse { .. } => libc::EBUSY,
+            Problem::Exists | Problem::ExistsUnforced | Problem::PartOfChain => libc::EEXIST,
             _ => libc::EIO,
         }
     }

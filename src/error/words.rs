@@ -13,6 +13,7 @@ impl Error {
             Problem::NotFound => format!("{file}: no such file"),
             Problem::NotARegularFile => format!("{file} is not a regular file"),
             Problem::Exists | Problem::ExistsUnforced => format!("{file} exists already"),
+            Problem::PartOfChain => format!("{file} is part of the chain"),
             Problem::NotQcow2 => format!("{file} is not a qcow2 image"),
             Problem::Unsupported { feature } => {
                 format!("{file} needs a feature that is not supported: {feature}")
@@ -87,9 +88,12 @@ impl Error {
             ),
             Problem::Ended => "the mount ended before it said whether that is done".into(),
             Problem::Mountpoint { .. } => format!("{file} can't be used as a mountpoint"),
-            Problem::Busy { holders } if holders.is_empty() => format!("{file} is still in use"),
-            Problem::Busy { holders } => {
-                format!("{file} is still in use by {}", holders.join(", "))
+            Problem::Busy { holders } => format!("{file} is still in use{}", by(holders)),
+            Problem::OpenForWriting { holders } => {
+                format!("the disk of {file} is open for writing{}", by(holders))
+            }
+            Problem::SnapshotInUse { name, holders } => {
+                format!("the internal snapshot \"{name}\" of {file} is still in use{}", by(holders))
             }
             Problem::Helper { program, .. } => format!("{program} failed"),
             Problem::Retired => format!("{file} is a backing file by now"),
@@ -120,6 +124,11 @@ impl Error {
             Problem::ExistsUnforced => {
                 Some("--force overwrites it, and what it holds is lost".into())
             }
+            Problem::PartOfChain => Some("a new image needs a name of its own".into()),
+            Problem::OpenForWriting { .. } => Some(
+                "who writes relies on what the disk held, and it would hold something else; close it first".into(),
+            ),
+            Problem::SnapshotInUse { .. } => Some("close it first".into()),
             Problem::Ended => Some(
                 "it was unmounted or its process died; the images show whether it was done".into(),
             ),
@@ -250,6 +259,10 @@ fn show_state(state: &FileState) -> String {
     let time = jiff::Timestamp::from_nanosecond(state.modified);
     let time = time.map_or_else(|_| "another time".to_owned(), |time| time.to_string());
     format!("{} bytes of {time}", state.len)
+}
+
+fn by(holders: &[String]) -> String {
+    if holders.is_empty() { String::new() } else { format!(" by {}", holders.join(", ")) }
 }
 
 fn show_processes(processes: &[Process]) -> Option<String> {

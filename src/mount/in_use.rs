@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process;
 
 use super::mount_table;
+use crate::store::Access;
 
 /// How a scratch twin is called that keeps what it is a twin of in use.
 pub const TWIN: &str = "a scratch twin that is being written or holds changes";
@@ -18,13 +19,33 @@ pub const TWIN: &str = "a scratch twin that is being written or holds changes";
 ///
 /// Other users' processes can't be seen without root's rights. This process is left out.
 pub fn holders(mountpoint: &Path) -> Vec<String> {
-    let mut holders = processes(mountpoint);
-    holders.extend(loop_devices(mountpoint));
+    let mut holders = holders_of(mountpoint, |_| true);
     holders.extend(mounts_below(mountpoint));
     holders
 }
 
-fn processes(mountpoint: &Path) -> Vec<String> {
+/// The processes and loop devices, as [`holders`] shows them, that use a file under `mountpoint` in a way that `concerns`.
+pub fn holders_of(mountpoint: &Path, concerns: impl Fn(&Use<'_>) -> bool) -> Vec<String> {
+    let concerns = |file: &Path, access: Access| {
+        let file = file.strip_prefix(mountpoint);
+        file.is_ok_and(|file| concerns(&Use { file, access }))
+    };
+    let mut holders = processes(&concerns);
+    holders.extend(loop_devices(&concerns));
+    holders
+}
+
+/// How somebody uses a file.
+pub struct Use<'a> {
+    /// The file, seen from the mountpoint.
+    pub file: &'a Path,
+    /// What it is open for.
+    pub access: Access,
+}
+
+type Concerns<'a> = &'a dyn Fn(&Path, Access) -> bool;
+
+fn processes(concerns: Concerns<'_>) -> Vec<String> {
     let mut pids: Vec<u32> = names_in(Path::new("/proc"))
         .filter_map(|name| name.to_str()?.parse().ok())
         .filter(|&pid| pid != process::id())
@@ -32,7 +53,7 @@ fn processes(mountpoint: &Path) -> Vec<String> {
     pids.sort_unstable();
     pids.into_iter()
         .map(|pid| (pid, PathBuf::from(format!("/proc/{pid}"))))
-        .filter(|(_, process)| uses(process, mountpoint))
+        .filter(|(_, process)| uses(process, concerns))
         .map(|(pid, process)| {
             let name = fs::read_to_string(process.join("comm")).unwrap_or_default();
             format!("{} (pid {pid})", name.trim_end())
@@ -40,23 +61,41 @@ fn processes(mountpoint: &Path) -> Vec<String> {
         .collect()
 }
 
-/// Whether `process`, a directory of `/proc`, has a file under `mountpoint` open or mapped, or
-/// runs in there.
-fn uses(process: &Path, mountpoint: &Path) -> bool {
-    let is_inside = |link: PathBuf| fs::read_link(link).is_ok_and(|to| to.starts_with(mountpoint));
+/// Whether `process`, a directory of `/proc`, has a file open or mapped that `concerns`, or runs in there.
+fn uses(process: &Path, concerns: Concerns<'_>) -> bool {
+    let places = ["cwd", "root", "exe"].iter().any(|name| {
+        fs::read_link(process.join(name)).is_ok_and(|place| concerns(&place, Access::ReadOnly))
+    });
     let descriptors = process.join("fd");
-    ["cwd", "root", "exe"].iter().any(|name| is_inside(process.join(name)))
-        || names_in(&descriptors).any(|name| is_inside(descriptors.join(name)))
-        || maps(process, mountpoint)
+    let opens = |name: OsString| {
+        let file = fs::read_link(descriptors.join(&name));
+        file.is_ok_and(|file| concerns(&file, opened_for(&process.join("fdinfo").join(name))))
+    };
+    places || names_in(&descriptors).any(opens) || maps(process, concerns)
 }
 
-/// Whether `process` maps a file under `mountpoint`: the mapping outlives the descriptor.
-fn maps(process: &Path, mountpoint: &Path) -> bool {
+/// What a descriptor is open for, whose file in `fdinfo` is `info`.
+fn opened_for(info: &Path) -> Access {
+    let info = fs::read_to_string(info).unwrap_or_default();
+    let flags = info.lines().find_map(|line| line.strip_prefix("flags:"));
+    let flags = flags.and_then(|flags| i32::from_str_radix(flags.trim(), 8).ok());
+    match flags.map(|flags| flags & libc::O_ACCMODE) {
+        Some(libc::O_WRONLY | libc::O_RDWR) => Access::ReadWrite,
+        _ => Access::ReadOnly,
+    }
+}
+
+/// Whether `process` maps a file that `concerns`: the mapping outlives the descriptor.
+fn maps(process: &Path, concerns: Concerns<'_>) -> bool {
     // Unlike the links in map_files, this can be read without root's rights.
     let maps = fs::read(process.join("maps")).unwrap_or_default();
-    maps.split(|&byte| byte == b'\n')
-        .filter_map(mapped_file)
-        .any(|file| file.starts_with(mountpoint))
+    maps.split(|&byte| byte == b'\n').any(|line| {
+        let permissions = line.split(|&byte| byte == b' ').nth(1);
+        // A private mapping never writes to its file.
+        let shared = matches!(permissions, Some([_, b'w', _, b's']));
+        let access = if shared { Access::ReadWrite } else { Access::ReadOnly };
+        mapped_file(line).is_some_and(|file| concerns(file, access))
+    })
 }
 
 /// The file in a line `7f00-7f01 r--p 00000000 fd:01 1234       /path with spaces`.
@@ -66,12 +105,19 @@ fn mapped_file(line: &[u8]) -> Option<&Path> {
 }
 
 /// The loop devices whose files are under `mountpoint`.
-pub(super) fn loop_devices(mountpoint: &Path) -> Vec<String> {
+pub(super) fn loop_devices_on(mountpoint: &Path) -> Vec<String> {
+    loop_devices(&|file, _| file.starts_with(mountpoint))
+}
+
+fn loop_devices(concerns: Concerns<'_>) -> Vec<String> {
     let block = Path::new("/sys/block");
     let mut devices: Vec<_> = names_in(block)
         .filter(|name| {
-            let file = fs::read(block.join(name).join("loop/backing_file")).unwrap_or_default();
-            Path::new(OsStr::from_bytes(file.trim_ascii_end())).starts_with(mountpoint)
+            let device = block.join(name);
+            let Ok(file) = fs::read(device.join("loop/backing_file")) else { return false };
+            let only_read = fs::read(device.join("ro")).is_ok_and(|ro| ro.starts_with(b"1"));
+            let access = if only_read { Access::ReadOnly } else { Access::ReadWrite };
+            concerns(Path::new(OsStr::from_bytes(file.trim_ascii_end())), access)
         })
         .map(|name| Path::new("/dev").join(name).display().to_string())
         .collect();

@@ -223,7 +223,7 @@ async def main(socket, new):
         await other.execute("blockdev-snapshot-sync", {"device": "disk", "snapshot-file": new})
         raise AssertionError("a file was overwritten")
     except ExecuteError as error:
-        assert "exists" in str(error), error
+        assert "part of the chain" in str(error), error
     await client.disconnect()
     await other.disconnect()
 

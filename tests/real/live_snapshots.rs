@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
@@ -11,7 +12,7 @@ use crate::support::images::{Images, check, paint};
 use crate::support::mounted::Mounted;
 use crate::support::oracle::{bytes_of, bytes_of_snapshot, holds, same};
 use crate::support::random::{Random, seeds};
-use crate::support::tools::{args, qchainfs};
+use crate::support::tools::{args, qchainfs, start};
 use crate::support::watchdog::wait_until;
 use crate::support::{M, index};
 
@@ -35,7 +36,7 @@ fn a_snapshot_is_made_shown_applied_and_deleted_under_an_open_mount() {
     assert!(listed.contains("one"), "{listed}");
 
     let said = qchainfs(&args!["snapshot", "apply", mounted.root(), "one"]).fails(1);
-    assert!(said.contains("still in use"), "{said}");
+    assert!(said.contains("open for writing"), "{said}");
     drop(disk);
     let reader = File::open(mounted.disk()).expect("open");
     qchainfs(&args!["snapshot", "create", &image, "two"]).ok();
@@ -62,6 +63,37 @@ fn a_snapshot_is_made_shown_applied_and_deleted_under_an_open_mount() {
     check(&image);
     same("the disk", &before, &bytes_of(&image));
     same("the snapshot", &before, &bytes_of_snapshot(&image, "one"));
+}
+
+#[test]
+fn who_is_in_the_way_of_a_change_is_named_and_nobody_else() {
+    let images = Images::new();
+    let image = images.create("disk.qcow2", M, "");
+    let mounted = Mounted::new(&image);
+    for name in ["one", "two"] {
+        qchainfs(&args!["snapshot", "create", mounted.root(), name]).ok();
+    }
+    let hold = |file: &Path, writes: bool| {
+        let file = File::options().read(true).write(writes).open(file).expect("open");
+        start(Command::new("sleep").arg("60").stdin(Stdio::from(file)))
+    };
+    let mut writer = hold(&mounted.disk(), true);
+    let mut reader = hold(&mounted.disk(), false);
+    let mut reader_of_one = hold(&mounted.path("snapshots/one/disk.raw"), false);
+    let apply = qchainfs(&args!["snapshot", "apply", mounted.root(), "one"]).fails(1);
+    let by = |pid: u32| format!("by sleep (pid {pid})\n");
+    assert!(apply.contains(&format!("open for writing {}", by(writer.id()))), "{apply}");
+    let delete = qchainfs(&args!["snapshot", "delete", mounted.root(), "one"]).fails(1);
+    let expected = format!("still in use {}", by(reader_of_one.id()));
+    assert!(delete.contains("\"one\"") && delete.contains(&expected), "{delete}");
+    qchainfs(&args!["snapshot", "delete", mounted.root(), "two"]).ok();
+    for child in [&mut writer, &mut reader, &mut reader_of_one] {
+        child.kill().expect("end sleep");
+        child.wait().expect("wait for sleep");
+    }
+    // Closing a file is told to the mount a moment later.
+    let apply = || qchainfs(&args!["snapshot", "apply", mounted.root(), "one"]);
+    wait_until("nobody is in the way", || apply().code == Some(0));
 }
 
 #[test]

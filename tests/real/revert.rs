@@ -45,7 +45,7 @@ fn a_live_disk_goes_back_to_any_member_and_no_file_is_lost() {
         let new = images.path("new.qcow2");
 
         let said = qchainfs(&args!["revert", mounted.root(), &address, &new]).fails(1);
-        assert!(said.contains("still in use"), "{said}");
+        assert!(said.contains("open for writing"), "{said}");
         assert!(!new.exists());
         drop(disk);
         let said = qchainfs(&args!["revert", "-n", mounted.root(), &address, &new]).ok();
@@ -157,7 +157,7 @@ fn what_is_no_older_member_is_refused_and_nothing_happens() {
         let said = qchainfs(&args!["revert", target, "[1]", &precious]).fails(1);
         assert!(said.contains("exists already"), "{said}");
         assert!(said.contains("--force"), "{said}");
-        let said = qchainfs(&args!["revert", "--force", target, "[1]", &middle]).fails(2);
+        let said = qchainfs(&args!["revert", "--force", target, "[1]", &middle]).fails(1);
         assert!(said.contains("part of the chain"), "{said}");
     }
     assert_eq!(fs::read(&precious).expect("read"), b"precious");
@@ -177,7 +177,8 @@ fn a_disk_whose_file_system_is_mounted_is_not_reverted_under_it() {
     run("mkfs.ext4", &args!["-q", device.path()]);
     let inner = FileSystem::mount(device.path(), "rw");
     let said = qchainfs(&args!["revert", mounted.root(), "[1]"]).fails(1);
-    assert!(said.contains("still in use") && said.contains("loop"), "{said}");
+    let number = device.path().display().to_string();
+    assert!(said.contains("open for writing") && said.contains(&number), "{said}");
     drop(inner);
     drop(device);
     qchainfs(&args!["revert", mounted.root(), "[1]"]).ok();

@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, OnceLock, RwLock};
 
 use super::opened::Handles;
-use super::scratch::{STILL_DISK, Side, Twins};
+use super::scratch::{STILL_DISK, Side, TWINS, Twins};
 use super::shape::Shape;
 use super::{
     BesideWriter, Directory, Document, Layout, Node, Partitions, Tree, TreeOptions, What, Window,
@@ -99,6 +99,9 @@ impl Plan {
     }
 }
 
+/// The directory of a member's internal snapshots.
+pub(super) const SNAPSHOTS: &str = "snapshots";
+
 pub(super) struct Builder<'a> {
     plan: &'a Plan,
     pub chain: Arc<Chain>,
@@ -139,9 +142,9 @@ impl Builder<'_> {
         };
         root.children.insert("chain".into(), self.chain_directory(active)?);
         let snapshots = self.snapshots_directory(Side::Views, 0, active, Inode::ROOT)?;
-        root.children.insert("snapshots".into(), snapshots);
+        root.children.insert(SNAPSHOTS.into(), snapshots);
         if self.plan.twins == Twins::Shown {
-            root.children.insert("scratch".into(), self.scratch_directory(active)?);
+            root.children.insert(TWINS.into(), self.scratch_directory(active)?);
         }
         root.hidden.insert(".qchainfs".into(), self.hidden_directory(active));
         let what = What::Directory(root);
@@ -178,7 +181,7 @@ impl Builder<'_> {
             let member = self.reserve(&[&identity, b"directory"]);
             let mut directory = self.view_directory(view, member);
             let snapshots = self.snapshots_directory(side, index, view, member)?;
-            directory.children.insert("snapshots".into(), snapshots);
+            directory.children.insert(SNAPSHOTS.into(), snapshots);
             self.put(member, parent, view, What::Directory(directory));
             children.insert(index.to_string(), member);
         }
@@ -191,7 +194,7 @@ impl Builder<'_> {
         let mut children = BTreeMap::new();
         let shown = self.plan.shows(self.views[active].view());
         let names: &[&str] =
-            if shown { &["disk.raw", "info.json", "snapshots"] } else { &["snapshots"] };
+            if shown { &["disk.raw", "info.json", SNAPSHOTS] } else { &[SNAPSHOTS] };
         for &name in names {
             let target = Path::new("../..").join(name);
             let link = self.link(&[b"chain", b"0", name.as_bytes()], inode, active, target);

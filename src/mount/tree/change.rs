@@ -5,14 +5,16 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard, PoisonError};
 
 use super::opened::NoWriters;
+use super::scratch::TWINS;
 use super::shape::Shape;
 use super::{Outdated, Tree, What};
 use crate::chain::{Chain, Existing, Member, View};
 use crate::control::SnapshotName;
 use crate::error::{At, Error, Problem, Result};
 use crate::image::{Image, SnapshotTree};
-use crate::mount::in_use::{TWIN, holders};
+use crate::mount::in_use::{TWIN, holders_of};
 use crate::mount::view_files::ViewFiles;
+use crate::store::Access;
 
 /// A change that was made.
 pub struct Changed<T> {
@@ -37,8 +39,8 @@ impl Tree {
     /// Deletes an internal snapshot of the active layer. It is not shown any more before that.
     ///
     /// # Errors
-    /// [`Problem::NoSuchSnapshot`]; [`Problem::Busy`] while somebody has its disk open (`mountpoint` is where to look for
-    /// him), or while its scratch twin holds changes. Inside: as [`Image::delete_snapshot`], which may fail when the snapshot is
+    /// [`Problem::NoSuchSnapshot`]; [`Problem::SnapshotInUse`] while somebody has its disk open (`mountpoint` is where to
+    /// look for him), or while its scratch twin holds changes. Inside: as [`Image::delete_snapshot`], which may fail when the snapshot is
     /// gone already, and the kernel is to be told of that, too.
     pub fn delete_snapshot(
         &self,
@@ -60,7 +62,7 @@ impl Tree {
     /// Takes the disk back to an internal snapshot of the active layer.
     ///
     /// # Errors
-    /// [`Problem::NoSuchSnapshot`]; [`Problem::Busy`] while somebody could write to the disk; as
+    /// [`Problem::NoSuchSnapshot`]; [`Problem::OpenForWriting`] while somebody could write to the disk; as
     /// [`Image::apply_snapshot`].
     pub fn apply_snapshot(
         &self,
@@ -99,8 +101,8 @@ impl Tree {
     /// and the images above it are no longer part of the chain. Their files stay as they are.
     ///
     /// # Errors
-    /// [`Problem::NoSuchMember`], also for the active layer; [`Problem::Busy`] while somebody could write to the disk, or
-    /// where a scratch twin that holds changes would be gone; as [`Tree::overlay`].
+    /// [`Problem::NoSuchMember`], also for the active layer; [`Problem::OpenForWriting`] while somebody could write to the
+    /// disk; [`Problem::Busy`] where a scratch twin that holds changes would be gone; as [`Tree::overlay`].
     pub fn revert(
         &self,
         member: &Path,
@@ -140,8 +142,10 @@ impl Tree {
     /// become something else under him.
     fn keep_writers_out(&self, chain: &Chain, mountpoint: &Path) -> Result<NoWriters<'_>> {
         self.handles.keep_writers_out().ok_or_else(|| {
-            let holders = holders(mountpoint);
-            Error::new(Problem::Busy { holders }).at(chain.members()[0].path())
+            let holders = holders_of(mountpoint, |used| {
+                used.access == Access::ReadWrite && !used.file.starts_with(TWINS)
+            });
+            Error::new(Problem::OpenForWriting { holders }).at(chain.members()[0].path())
         })
     }
 
@@ -215,9 +219,15 @@ impl Tree {
         });
         if changed_twin || self.handles.has_open(snapshot) {
             drop(shape);
-            let mut holders = holders(mountpoint);
+            let directory = old.snapshot_directory(snapshot);
+            let mut holders = holders_of(mountpoint, |used| {
+                let file = used.file.strip_prefix(TWINS).unwrap_or(used.file);
+                directory.as_ref().is_some_and(|directory| file.starts_with(directory))
+            });
             holders.extend(changed_twin.then(|| TWIN.to_owned()));
-            return Err(Error::new(Problem::Busy { holders }).at(chain.members()[0].path()));
+            let name = snapshot.entry().name.clone();
+            let problem = Problem::SnapshotInUse { name, holders };
+            return Err(Error::new(problem).at(chain.members()[0].path()));
         }
         *shape = new.clone();
         Ok(old.outdated_by(&new))

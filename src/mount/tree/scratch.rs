@@ -2,13 +2,16 @@
 
 use std::collections::BTreeMap;
 
-use super::build::Builder;
+use super::build::{Builder, SNAPSHOTS};
 use super::{Directory, TreeOptions, What};
 use crate::error::Result;
 use crate::mount::inode::Inode;
 
 /// The name of a file in the directory of each twin that is not listed: its disk, which nobody can write while it is open.
 pub const STILL_DISK: &str = ".still.raw";
+
+/// The directory of the twins.
+pub(super) const TWINS: &str = "scratch";
 
 /// Whether there is `scratch/`.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -62,7 +65,7 @@ impl Builder<'_> {
         self.put(chain, inode, active, What::Directory(members));
         directory.children.insert("chain".into(), chain);
         let snapshots = self.snapshots_directory(Side::Twins, 0, view, inode)?;
-        directory.children.insert("snapshots".into(), snapshots);
+        directory.children.insert(SNAPSHOTS.into(), snapshots);
         self.put(inode, Inode::ROOT, view, What::Directory(directory));
         Ok(inode)
     }

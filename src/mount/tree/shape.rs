@@ -1,10 +1,13 @@
 //! What a tree shows at one time: its views, and the inodes that are there as long as they are.
 
 use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::build::SNAPSHOTS;
 use super::{Node, What};
 use crate::chain::{Chain, View};
+use crate::image::SnapshotTree;
 use crate::mount::inode::Inode;
 use crate::mount::view_files::ViewFiles;
 
@@ -36,6 +39,22 @@ impl Shape {
     /// The view at the root.
     pub fn root(&self) -> &View {
         self.views[0].view()
+    }
+
+    /// The directory of a snapshot of the active layer, seen from the root.
+    pub fn snapshot_directory(&self, snapshot: &SnapshotTree) -> Option<PathBuf> {
+        let children = |inode: Inode| match self.nodes.get(&inode).map(|node| &node.what) {
+            Some(What::Directory(directory)) => Some(&directory.children),
+            _ => None,
+        };
+        let is_of = |inode: &Inode| {
+            let view = self.nodes.get(inode).map(|node| self.views[node.view].original());
+            let tree = view.and_then(View::snapshot);
+            tree.is_some_and(|tree| std::ptr::eq(tree, snapshot))
+        };
+        let snapshots = *children(Inode::ROOT)?.get(SNAPSHOTS)?;
+        let (name, _) = children(snapshots)?.iter().find(|(_, inode)| is_of(inode))?;
+        Some(Path::new(SNAPSHOTS).join(name))
     }
 
     /// What the kernel must forget when `new` takes the place of this.
