@@ -1,6 +1,6 @@
 //! A mount from its beginning to its end.
 
-use std::fs::{self, OpenOptions};
+use std::fs::OpenOptions;
 use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -26,8 +26,6 @@ use crate::store::FileId;
 
 /// What was written is made durable after this time, even if nobody asks.
 const WRITE_BACK_EVERY: Duration = Duration::from_secs(2);
-/// What the kernel reads ahead for a sequential reader.
-const READ_AHEAD_KIB: u32 = 256;
 
 /// How to mount.
 #[derive(Debug, Clone)]
@@ -103,9 +101,6 @@ impl Session {
                 let mountpoint = options.mountpoint.clone();
                 let mount = our_mount(&mountpoint);
                 let state = mount.as_ref().and_then(publish_state);
-                if let Some(mount) = &mount {
-                    read_further_ahead(mount);
-                }
                 let control = state.as_ref().and_then(|state| {
                     let notifier = fuse.notifier();
                     let place = mount.as_ref().map_or(&mountpoint, |mount| &mount.mountpoint);
@@ -227,16 +222,6 @@ fn check_is_no_member(mountpoint: &Path, chain: &Chain) -> Result<()> {
     }
     let reason = "it is a file of the chain itself, which the mount would hide".to_owned();
     Err(Error::new(Problem::Mountpoint { reason }).at(mountpoint))
-}
-
-/// Lets the kernel read further ahead of sequential readers than its 128 KiB, which costs a request each. Not much further: what
-/// it reads of the hole behind each extent is read for nothing, where somebody copies the extents only. Takes root; without it
-/// works, only slower.
-fn read_further_ahead(mount: &MountEntry) {
-    let setting = format!("/sys/class/bdi/{}/read_ahead_kb", mount.device);
-    if let Err(error) = fs::write(&setting, READ_AHEAD_KIB.to_string()) {
-        log::debug!("{setting}: {error}");
-    }
 }
 
 /// Takes commands for the mount. Without that it works, and only can't be managed.
