@@ -11,7 +11,7 @@ use super::member::{Disk, Member};
 use crate::error::{At, Doing, Error, Problem, Result};
 use crate::image::{Companions, CreateOptions, Image, NewBacking, NewImage, Nothing, Writability};
 use crate::qcow2::{Geometry, Version};
-use crate::store::{Access, FileId, FileStore, LockMode};
+use crate::store::{Access, FileId, FileStore, LockMode, NewFile};
 
 /// Clusters of 64 KiB and refcounts of 16 bits, as `qemu-img create` chooses.
 const GEOMETRY: (u32, u32) = (16, 4);
@@ -31,6 +31,15 @@ pub struct Overlay {
     /// Index of that member.
     below: usize,
     top: Member,
+    place: Place,
+}
+
+/// Where the file of a new image comes from.
+enum Place {
+    /// There was none of its name.
+    New,
+    /// It has become the new image.
+    Replaced,
 }
 
 impl Chain {
@@ -38,7 +47,8 @@ impl Chain {
     ///
     /// # Errors
     /// [`Problem::NoSuchMember`]; a file that is there, or is part of the chain; an encrypted member, whose
-    /// overlay would show what it hides; a member that has no name any more, or another. No file is ever removed: one that could not be finished stays.
+    /// overlay would show what it hides; a member that has no name any more, or another. Where no file was, none is left;
+    /// one that was to be replaced may be left empty.
     pub fn prepare_overlay(
         self: &Arc<Self>,
         below: usize,
@@ -63,46 +73,48 @@ impl Chain {
             }),
         };
         let new = NewImage::plan(&options).at(file)?;
-        let store = self.place_for(file, existing).at(file)?;
-        new.write(&*store).at(file)?;
-        store.make_name_durable(file).doing("make its name durable").at(file)?;
+        let (store, place) = match self.to_replace(file, existing).at(file)? {
+            Some(store) => {
+                new.write(&*store).at(file)?;
+                (store, Place::Replaced)
+            }
+            None => {
+                let place = NewFile::create(file)?;
+                let store = place.store().clone();
+                store.lock(LockMode::Write).at(file)?;
+                new.write(&*store).at(file)?;
+                place.publish()?;
+                (store, Place::New)
+            }
+        };
         let image = Image::open_with(store.clone(), Writability::Writable, Companions::default());
         let disk = Disk::Qcow2(Box::new(image.at(file)?));
         let top = Member::new(file.to_path_buf(), None, store, disk);
-        Ok(Overlay { chain: self.clone(), below, top })
+        Ok(Overlay { chain: self.clone(), below, top, place })
     }
 
-    /// An empty file for a new image, locked.
-    fn place_for(&self, file: &Path, existing: Existing) -> Result<Arc<FileStore>> {
-        match FileStore::create_new(file) {
-            Ok(store) => {
-                store.lock(LockMode::Write)?;
-                Ok(Arc::new(store))
-            }
-            Err(error) => {
-                let exists = matches!(error.problem(), Problem::Exists);
-                if !exists {
-                    return Err(error);
-                }
-                let is_member = |id| self.members.iter().any(|member| member.has_file(id));
-                if existing == Existing::Refuse {
-                    // Not even force overwrites a member.
-                    return Err(Error::new(if FileId::of(file).is_some_and(is_member) {
-                        Problem::PartOfChain
-                    } else {
-                        Problem::ExistsUnforced
-                    }));
-                }
-                let store = FileStore::open(file, Access::ReadWrite)?;
-                if is_member(store.id()) {
-                    return Err(Error::new(Problem::PartOfChain));
-                }
-                // Not before nobody else is known to use it.
-                store.lock(LockMode::Write)?;
-                store.clear().doing("empty it")?;
-                Ok(Arc::new(store))
-            }
+    /// The file that is to become a new image, empty and locked; `None` where there is none.
+    fn to_replace(&self, file: &Path, existing: Existing) -> Result<Option<Arc<FileStore>>> {
+        if fs::symlink_metadata(file).is_err() {
+            return Ok(None);
         }
+        let is_member = |id| self.members.iter().any(|member| member.has_file(id));
+        // Not even force overwrites a member.
+        if FileId::of(file).is_some_and(is_member) {
+            return Err(Error::new(Problem::PartOfChain));
+        }
+        if existing == Existing::Refuse {
+            return Err(Error::new(Problem::ExistsUnforced));
+        }
+        let store = FileStore::open(file, Access::ReadWrite)?;
+        // Once more: the name may lead elsewhere by now.
+        if is_member(store.id()) {
+            return Err(Error::new(Problem::PartOfChain));
+        }
+        // Not before nobody else is known to use it.
+        store.lock(LockMode::Write)?;
+        store.clear().doing("empty it")?;
+        Ok(Some(Arc::new(store)))
     }
 }
 
@@ -114,15 +126,37 @@ impl Overlay {
     /// # Errors
     /// [`Problem::ReadOnly`] for a chain that takes no writes; those of a flush; of `switch`. The old chain then goes on.
     pub fn put_on_top<T>(self, switch: impl FnOnce(Arc<Chain>) -> Result<T>) -> Result<T> {
-        let Self { chain, below, top } = self;
-        let old = &chain.members[0];
-        let image = chain.active_image().ok_or_else(|| Error::new(Problem::ReadOnly))?;
+        let Self { chain, below, top, place } = self;
+        let (path, id) = (top.path().to_path_buf(), top.store().id());
+        let switched = chain.go_on_in(top, below, switch);
+        // Nobody has written to it, and its name is wanted for the next try.
+        if switched.is_err()
+            && matches!(place, Place::New)
+            && FileId::of(&path) == Some(id)
+            && let Err(error) = fs::remove_file(&path)
+        {
+            log::warn!("{}: {error}", path.display());
+        }
+        switched
+    }
+}
+
+impl Chain {
+    /// See [`Overlay::put_on_top`].
+    fn go_on_in<T>(
+        &self,
+        top: Member,
+        below: usize,
+        switch: impl FnOnce(Arc<Chain>) -> Result<T>,
+    ) -> Result<T> {
+        let old = &self.members[0];
+        let image = self.active_image().ok_or_else(|| Error::new(Problem::ReadOnly))?;
         let still = image.hold_still().at(old.path())?;
-        let members = [Arc::new(top)].into_iter().chain(chain.members[below..].iter().cloned());
+        let members = [Arc::new(top)].into_iter().chain(self.members[below..].iter().cloned());
         let new = Arc::new(Chain::of_shared(members.collect()));
         // The disk may have grown since the image was made, and what was written there meanwhile has to show through. An
         // image that is empty and has nothing below hides nothing when it grows.
-        let size = chain.members[below].size();
+        let size = self.members[below].size();
         if let Some(top) = new.active_image().filter(|top| top.size() != size) {
             top.grow(&Nothing, size).at(new.members[0].path())?;
         }

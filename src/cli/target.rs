@@ -21,7 +21,7 @@ impl Target {
     /// What `path` means: a mountpoint, or an image; if a live mount writes that, the mount.
     ///
     /// # Errors
-    /// A mount whose process is gone or takes no commands.
+    /// A mount whose process is gone or takes no commands; a directory that is none.
     pub fn find(path: &Path) -> Result<Self> {
         let path = std::path::absolute(path).doing("find out the current directory")?;
         if let Some(mount) = our_mount(&path) {
@@ -31,7 +31,13 @@ impl Target {
                 unreachable("the process behind it is gone, or has no control socket".to_owned())
             })?;
             let client = Client::connect(&socket);
-            return client.map(Self::Live).map_err(|error| unreachable(error.to_string()));
+            return client.map(Self::Live).map_err(|error| match error.problem() {
+                Problem::Remote { .. } => error,
+                _ => unreachable(error.to_string()),
+            });
+        }
+        if path.is_dir() {
+            return Err(Error::new(Problem::NotMounted).at(&path));
         }
         Ok(writer_of(&path).map_or(Self::Image(path), Self::Live))
     }

@@ -23,12 +23,15 @@ impl Client {
     /// Connects to the socket at `path`.
     ///
     /// # Errors
-    /// Nobody listens there, or somebody who does not speak QMP, or not at all.
+    /// Nobody listens there, or somebody who does not speak QMP, or not at all; a mount that lets nobody in.
     pub fn connect(path: &Path) -> Result<Self> {
         let stream = UnixStream::connect(path).doing("reach its control socket").at(path)?;
         stream.set_read_timeout(Some(PATIENCE)).doing("limit the wait for it").at(path)?;
         let mut client = Self { path: path.to_path_buf(), stream: BufReader::new(stream) };
         let greeting = client.receive()?;
+        if let Some(error) = greeting.get("error") {
+            return Err(remote_error(error));
+        }
         if greeting.get("QMP").is_none() {
             return Err(client.nonsense(&greeting));
         }

@@ -145,12 +145,12 @@ impl Shared {
             log::warn!("control socket: user {peer} was turned away");
             return Ok(());
         }
-        if self.clients().len() >= MAX_CLIENTS {
-            log::warn!("control socket: more than {MAX_CLIENTS} clients");
-            return Ok(());
-        }
         // One that does not read its answers must not keep the mount from ending.
         client.set_write_timeout(Some(PATIENCE))?;
+        if self.clients().len() >= MAX_CLIENTS {
+            let text = format!("the mount has {MAX_CLIENTS} clients already, and no room for more");
+            return send(&client, &refusal(&Refusal::Wrong(text), None));
+        }
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let stream = client.try_clone()?;
         let shared = self.clone();

@@ -5,6 +5,7 @@ use std::io::{self, ErrorKind, IoSlice};
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 
@@ -23,6 +24,8 @@ use crate::units::HostOffset;
 pub struct FileStore {
     file: Arc<File>,
     id: FileId,
+    /// Bytes that the file has unless somebody else has cut it. What it had behind that never was there, and reads as zero.
+    least_len: AtomicU64,
     /// Made when first asked for; `None` if it can't be had.
     mapping: OnceLock<Option<Arc<Mapping>>>,
     lasting: Lasting,
@@ -121,8 +124,9 @@ impl FileStore {
             return Err(Error::new(Problem::NotARegularFile));
         }
         let id = FileId { device: metadata.dev(), inode: metadata.ino() };
+        let least_len = AtomicU64::new(metadata.len());
         let (mapping, write_behind) = (OnceLock::new(), OnceLock::new());
-        Ok(Self { file: Arc::new(file), id, mapping, lasting, write_behind })
+        Ok(Self { file: Arc::new(file), id, least_len, mapping, lasting, write_behind })
     }
 
     /// Takes QEMU's image locks (see [`LockMode`]); they last as long as this value.
@@ -152,7 +156,7 @@ impl FileStore {
     /// # Errors
     /// The operating system's answer.
     pub fn clear(&self) -> io::Result<()> {
-        self.file.set_len(0)
+        self.set_len(0)
     }
 
     pub(super) fn file(&self) -> &File {
@@ -199,6 +203,7 @@ impl Store for FileStore {
         while !buf.is_empty() {
             match self.file.read_at(buf, at) {
                 Ok(0) => {
+                    self.check_is_uncut(at)?;
                     buf.fill(0);
                     break;
                 }
@@ -229,6 +234,7 @@ impl Store for FileStore {
                 }
             }
         }
+        self.least_len.fetch_max(at, Ordering::Relaxed);
         if at - offset.get() >= LARGE && self.lasting == Lasting::Forever {
             let behind = self.write_behind.get_or_init(|| WriteBehind::start(&self.file));
             behind.iter().for_each(|behind| behind.wrote(offset.get()..at));
@@ -237,7 +243,11 @@ impl Store for FileStore {
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
-        self.file.set_len(len)
+        // Before it is shorter: what is cut off now is nobody's.
+        self.least_len.fetch_min(len, Ordering::Relaxed);
+        self.file.set_len(len)?;
+        self.least_len.fetch_max(len, Ordering::Relaxed);
+        Ok(())
     }
 
     fn sync(&self) -> io::Result<()> {
@@ -272,11 +282,13 @@ impl Store for FileStore {
     fn next_data(&self, from: HostOffset) -> io::Result<Option<Range<u64>>> {
         let len = self.len()?;
         let Ok(position) = i64::try_from(from.get()) else { return Ok(None) };
+        // Nothing more up to the end is nothing at all only where that is the file's own end.
+        let nothing = || self.check_is_uncut(len).map(|()| None);
         if from.get() >= len {
-            return Ok(None);
+            return nothing();
         }
         match lseek(&self.file, position, Whence::SeekData) {
-            Err(nix::Error::ENXIO) => Ok(None),
+            Err(nix::Error::ENXIO) => nothing(),
             Err(nix::Error::EINVAL) => Ok(Some(from.get()..len)),
             Err(errno) => Err(errno.into()),
             Ok(data) => {
@@ -310,6 +322,16 @@ impl Store for FileStore {
 }
 
 impl FileStore {
+    /// Refuses a file that ends at `end` and was longer: what is missing may be anything but zeroes.
+    fn check_is_uncut(&self, end: u64) -> io::Result<()> {
+        let least = self.least_len.load(Ordering::Relaxed);
+        if end >= least {
+            return Ok(());
+        }
+        let message = format!("somebody has cut the file from {least} to {end} bytes");
+        Err(io::Error::new(ErrorKind::UnexpectedEof, message))
+    }
+
     /// The slow way to [`Store::punch_hole`], for file systems without holes.
     fn write_zeroes(&self, offset: HostOffset, len: u64) -> io::Result<()> {
         static ZEROES: [u8; 65536] = [0; 65536];
@@ -337,6 +359,28 @@ fn uninterrupted<T>(mut call: impl FnMut() -> nix::Result<T>) -> nix::Result<T> 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_was_cut_off_by_somebody_else_does_not_read_as_zeroes_and_what_never_was_there_does() {
+        let place = tempfile::NamedTempFile::new().unwrap();
+        place.as_file().set_len(5000).unwrap();
+        let store = FileStore::open(place.path(), Access::ReadWrite).unwrap();
+        let read = |at: u64| store.read_at(&mut [1; 1000], HostOffset::new(at));
+        read(4500).unwrap();
+        store.write_at(&[&[7; 1000]], HostOffset::new(8000)).unwrap();
+        place.as_file().set_len(8500).unwrap();
+        assert!(read(8000).unwrap_err().to_string().contains("from 9000 to 8500 bytes"));
+        assert_eq!(store.next_data(HostOffset::new(8200)).unwrap().unwrap().end, 8500);
+        assert!(store.next_data(HostOffset::new(8500)).is_err());
+        read(7500).unwrap();
+        // What this program cuts itself nobody wants any more.
+        store.set_len(6000).unwrap();
+        read(5500).unwrap();
+        assert_eq!(store.next_data(HostOffset::new(6000)).unwrap(), None);
+        store.set_len(7000).unwrap();
+        place.as_file().set_len(6500).unwrap();
+        read(6400).unwrap_err();
+    }
 
     #[test]
     fn a_system_call_that_a_signal_interrupts_is_made_again() {

@@ -119,6 +119,23 @@ fn a_request_without_an_end_is_cut_off() {
 }
 
 #[test]
+fn one_client_too_many_is_told_so_and_the_mount_goes_on() {
+    let images = Images::new();
+    let mounted = Mounted::new(images.create("disk.qcow2", M, ""));
+    let socket = socket_of(&mounted);
+    let silent: Vec<Client> = (0..64).map(|_| Client::connect(&socket)).collect();
+    let said = qchainfs(&args!["snapshot", "create", mounted.root(), "one"]).fails(1);
+    assert!(said.contains("64 clients") && !said.contains("umount"), "{said}");
+    drop(silent);
+    let create = || qchainfs(&args!["snapshot", "create", mounted.root(), "one"]);
+    wait_until("there is room again", || create().code == Some(0));
+    mounted.umount();
+    let directory = images.path("");
+    let said = qchainfs(&args!["snapshot", "list", &directory]).fails(1);
+    assert!(said.contains("not a mountpoint"), "{said}");
+}
+
+#[test]
 fn a_snapshot_made_through_the_socket_appears_at_once() {
     let images = Images::new();
     let image = images.create("disk.qcow2", M, "");

@@ -10,7 +10,7 @@ use crate::support::loopdev::FileSystem;
 use crate::support::mounted::Mounted;
 use crate::support::oracle::{bytes_of, bytes_of_snapshot, read_at, same};
 use crate::support::random::{Random, seeds};
-use crate::support::tools::{args, run};
+use crate::support::tools::{args, qchainfs, run};
 use crate::support::watchdog::wait_until;
 use crate::support::{K, M, index};
 
@@ -112,6 +112,31 @@ fn a_full_disk_does_not_keep_anybody_from_discarding() {
 }
 
 /// A copy of `image` in which each block of zeroes is a hole, also those of tables.
+#[test]
+fn an_overlay_that_finds_no_room_leaves_no_file_and_works_when_there_is_some() {
+    for spare in [0, 40 * K, 70 * K] {
+        let host = FileSystem::with_room_for(24 * M);
+        let image = host.path("disk.qcow2");
+        create(&image, 8 * M, "cluster_size=64k");
+        paint(&image, &mut Random::new(spare + 1), 4 * M, 6);
+        let bytes = bytes_of(&image);
+        let mounted = Mounted::new(&image);
+        fill_up(&host.path("ballast"), spare);
+        for number in 0..4 {
+            let new = host.path(&format!("{number}.qcow2"));
+            let said = qchainfs(&args!["overlay", mounted.root(), &new]).fails(1);
+            assert!(said.contains("No space left") && !new.exists(), "{said}");
+        }
+        same("the disk", &bytes, &fs::read(mounted.disk()).expect("read"));
+        fs::remove_file(host.path("ballast.rest")).expect("make room");
+        qchainfs(&args!["overlay", mounted.root(), host.path("0.qcow2")]).ok();
+        same("the disk", &bytes, &fs::read(mounted.disk()).expect("read"));
+        mounted.umount();
+        check(&host.path("0.qcow2"));
+        check(&image);
+    }
+}
+
 fn copy_with_holes(image: &Path, to: &Path) {
     run("cp", &args!["--sparse=always", image, to]);
 }

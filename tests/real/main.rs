@@ -17,6 +17,7 @@ mod cli_umount;
 mod compose;
 mod compressed;
 mod control;
+mod cut;
 mod direct;
 mod encryption;
 mod encryption_floor;

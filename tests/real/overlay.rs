@@ -231,7 +231,7 @@ fn an_overlay_that_is_made_while_the_mount_goes_says_what_came_of_it() {
                 let code = outcome.code.expect("an exit code");
                 let said = outcome.fails(code);
                 // Without the mount its mountpoint is a mere directory.
-                let words = ["the mount ended", "does not answer", "is not a regular file"];
+                let words = ["the mount ended", "does not answer", "is not a mountpoint"];
                 assert!(words.iter().any(|word| said.contains(word)), "{said}");
                 break;
             }
