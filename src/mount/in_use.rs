@@ -12,7 +12,8 @@ use super::mount_table;
 use crate::store::Access;
 
 /// How a scratch twin is called that keeps what it is a twin of in use.
-pub const TWIN: &str = "a scratch twin that is being written or holds changes, which last as long as the mount";
+pub const TWIN: &str =
+    "a scratch twin that is being written or holds changes, which last as long as the mount";
 
 /// Everything that holds a file under `mountpoint`, an absolute path without links: processes as
 /// "bash (pid 123)", loop devices as "/dev/loop3", other mounts as "the mount on /mnt/x/y".
