@@ -128,19 +128,27 @@ impl SnapshotChoice {
         }
     }
 
-    /// The one of `snapshots` that is meant, for who is going to change something.
+    /// The one of `snapshots` that is meant, for who is going to change something. A name means no id: a script that deletes
+    /// what is gone already must not hit another one.
     ///
     /// # Errors
-    /// [`Problem::NoSuchSnapshot`]; [`Problem::AmbiguousSnapshot`], where a reader would get the first.
+    /// [`Problem::NoSuchSnapshot`]; [`Problem::AmbiguousSnapshot`], where a reader would get the first, and where the name of
+    /// one snapshot looks like the id of another.
     pub fn only(&self, snapshots: &[Arc<SnapshotTree>]) -> Result<Arc<SnapshotTree>> {
-        if let Self::Name(name) = self {
-            let alike = snapshots.iter().filter(|tree| tree.entry().name == *name);
-            let ids: Vec<String> = alike.map(|tree| tree.entry().id.clone()).collect();
-            if ids.len() > 1 {
-                return Err(Error::new(Problem::AmbiguousSnapshot { wanted: name.clone(), ids }));
+        let text = self.to_string();
+        let is_meant = |tree: &&Arc<SnapshotTree>| {
+            let entry = tree.entry();
+            entry.name == text || matches!(self, Self::Id(id) if entry.id == *id)
+        };
+        let found: Vec<_> = snapshots.iter().filter(is_meant).collect();
+        match found[..] {
+            [one] => Ok(one.clone()),
+            [] => Err(self.not_found(snapshots)),
+            _ => {
+                let ids = found.iter().map(|tree| tree.entry().id.clone()).collect();
+                Err(Error::new(Problem::AmbiguousSnapshot { wanted: text, ids }))
             }
         }
-        self.find(snapshots).ok_or_else(|| self.not_found(snapshots))
     }
 
     fn not_found(&self, snapshots: &[Arc<SnapshotTree>]) -> Error {

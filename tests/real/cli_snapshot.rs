@@ -195,6 +195,26 @@ fn a_name_that_several_snapshots_have_is_refused_with_their_ids() {
 }
 
 #[test]
+fn a_change_never_falls_on_a_snapshot_whose_id_is_only_like_the_name() {
+    let images = Images::new();
+    let image = images.create("disk.qcow2", M, "");
+    for name in ["one", "two", "#1"] {
+        ours("create", &image, name);
+    }
+    let untouched = Untouched::now(&[&image]);
+    for verb in ["apply", "delete"] {
+        let said = qchainfs(&args!["snapshot", verb, image, "#1"]).fails(2);
+        assert!(said.contains("#1, #3"), "{said}");
+        // A script that deletes what is gone already.
+        qchainfs(&args!["snapshot", verb, image, "2"]).fails(10);
+    }
+    untouched.verify();
+    ours("delete", &image, "#3");
+    ours("apply", &image, "#1");
+    ours("delete", &image, "#2");
+}
+
+#[test]
 fn what_is_wrong_is_said_by_name() {
     let images = Images::new();
     let image = images.create("disk.qcow2", M, "");
