@@ -1,6 +1,7 @@
 //! A new image on top of a member of a live chain: an external snapshot of the active layer, or the way back to an older one.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -102,6 +103,12 @@ impl Chain {
         // Not even force overwrites a member.
         if FileId::of(file).is_some_and(is_member) {
             return Err(Error::new(Problem::PartOfChain));
+        }
+        // Nor a directory, a device, or a link that leads nowhere, so that nobody is told to try.
+        let found = fs::metadata(file);
+        let leads_nowhere = found.as_ref().is_err_and(|error| error.kind() == ErrorKind::NotFound);
+        if leads_nowhere || found.is_ok_and(|found| !found.is_file()) {
+            return Err(Error::new(Problem::NotARegularFile));
         }
         if existing == Existing::Refuse {
             return Err(Error::new(Problem::ExistsUnforced));

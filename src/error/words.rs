@@ -5,6 +5,9 @@ use std::path::Path;
 
 use super::{Error, FileState, OtherUse, Problem, Process, RepairMark};
 
+/// Names of snapshots in an error; an image may have thousands.
+const NAMES: usize = 20;
+
 impl Error {
     /// What is wrong with which file, in one line without a final stop.
     pub fn headline(&self) -> String {
@@ -171,7 +174,12 @@ impl Error {
                 Some("it has no internal snapshots at all".into())
             }
             Problem::NoSuchSnapshot { present, .. } => {
-                Some(format!("it has: {}", present.join(", ")))
+                let (first, others) = present.split_at(present.len().min(NAMES));
+                let others = match others.len() {
+                    0 => String::new(),
+                    count => format!(", and {count} more"),
+                };
+                Some(format!("it has: {}{others}", first.join(", ")))
             }
             Problem::AmbiguousSnapshot { ids, .. } => {
                 let ids: Vec<String> = ids.iter().map(|id| format!("#{id}")).collect();
@@ -301,6 +309,16 @@ mod tests {
         });
         let advice = "qchainfs mount -o 'backing_policy=allow:/my disks' IMAGE MOUNTPOINT";
         assert_eq!(error.advice().as_deref(), Some(advice));
+    }
+
+    #[test]
+    fn of_thousands_of_snapshots_only_some_are_named() {
+        let with = |count: usize| {
+            let present = vec!["s".to_owned(); count];
+            Error::new(Problem::NoSuchSnapshot { wanted: "x".into(), present }).reason()
+        };
+        assert!(with(NAMES).is_some_and(|reason| reason.ends_with("s, s")));
+        assert!(with(1000).is_some_and(|reason| reason.ends_with("s, s, and 980 more")));
     }
 
     #[test]

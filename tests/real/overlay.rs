@@ -269,6 +269,28 @@ fn a_file_that_is_there_is_overwritten_only_by_force_and_a_member_never() {
 }
 
 #[test]
+fn nobody_is_told_to_overwrite_what_can_not_be_an_image() {
+    let images = Images::new();
+    let image = images.create("disk.qcow2", M, "");
+    let mounted = Mounted::new(&image);
+    let (directory, link, pipe) = (images.path("d"), images.path("link"), images.path("pipe"));
+    fs::create_dir(&directory).expect("mkdir");
+    symlink("nowhere", &link).expect("symlink");
+    run("mkfifo", &args![pipe]);
+    for new in [&directory, &link, &pipe] {
+        for options in [&[][..], &["--force"]] {
+            let mut words = args!["overlay"].to_vec();
+            words.extend(options.iter().map(Into::into));
+            words.extend(args![mounted.root(), new]);
+            let said = qchainfs(&words).fails(1);
+            assert!(said.contains("not a regular file") && !said.contains("--force"), "{said}");
+        }
+    }
+    assert!(!images.path("nowhere").exists());
+    mounted.umount();
+}
+
+#[test]
 fn an_image_that_a_mount_writes_is_reached_through_the_mount() {
     let images = Images::new();
     let image = images.create("disk.qcow2", 4 * M, "");
