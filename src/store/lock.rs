@@ -139,16 +139,22 @@ pub fn holders(id: FileId) -> Vec<Process> {
 fn holds(pid: u32, id: FileId) -> bool {
     let Ok(descriptors) = fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
     descriptors.flatten().any(|descriptor| {
-        let Ok(metadata) = fs::metadata(descriptor.path()) else { return false };
-        if !metadata.is_file() || metadata.dev() != id.device || metadata.ino() != id.inode {
-            return false;
-        }
-        let name = descriptor.file_name();
-        let info = format!("/proc/{pid}/fdinfo/{}", name.display());
-        fs::read_to_string(info).is_ok_and(|text| {
-            text.lines().any(|line| line.starts_with("lock:") && line.contains("OFDLCK"))
-        })
+        let info = format!("/proc/{pid}/fdinfo/{}", descriptor.file_name().display());
+        let text = fs::read_to_string(info).unwrap_or_default();
+        // Only then: to look at a file asks its file system, and there are some that never answer.
+        text.lines().any(|line| is_lock_on(line, id.inode))
+            && fs::metadata(descriptor.path()).is_ok_and(|metadata| {
+                metadata.is_file() && (metadata.dev(), metadata.ino()) == (id.device, id.inode)
+            })
     })
+}
+
+/// Whether a line `lock: 1: OFDLCK ADVISORY READ -1 fe:00:1234 100 100` is an OFD lock on a file with that inode number. Its
+/// device is not always the one that `stat` says.
+fn is_lock_on(line: &str, inode: u64) -> bool {
+    line.starts_with("lock:")
+        && line.contains("OFDLCK")
+        && line.split_whitespace().any(|word| word.ends_with(&format!(":{inode}")))
 }
 
 fn process_name(pid: u32) -> String {

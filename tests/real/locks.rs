@@ -1,11 +1,13 @@
 //! QEMU's image locks, from both sides.
 
 use std::fs::File;
+use std::os::unix::fs::OpenOptionsExt as _;
 
 use crate::support::M;
 use crate::support::held::Held;
 use crate::support::images::{Images, io};
 use crate::support::mounted::Mounted;
+use crate::support::mute::Mute;
 use crate::support::oracle::{bytes_of, holds, reads_as};
 use crate::support::tools::{args, attempt, qchainfs, run};
 use crate::support::writer::Writer;
@@ -165,4 +167,20 @@ fn a_process_without_a_lock_is_no_hindrance() {
     let reader = File::options().read(true).write(true).open(&image).expect("open the image");
     Mounted::new(&image).umount();
     drop(reader);
+}
+
+#[test]
+fn who_holds_a_lock_is_found_though_somebody_has_a_file_open_whose_file_system_never_answers() {
+    let images = Images::new();
+    let image = images.create("disk.qcow2", M, "");
+    let held = Held::writing(&image);
+    let mute = Mute::mount();
+    // Nothing is asked of a file system for that.
+    let open = File::options().read(true).custom_flags(libc::O_PATH).open(mute.path());
+    let open = open.expect("open");
+    let said = qchainfs(&args!["info", image]).fails(11);
+    assert!(said.contains(&format!("(pid {})", held.pid())), "{said}");
+    assert!(mute.is_mounted(), "it waited for that file system, until that was taken away");
+    drop((open, mute));
+    drop(held);
 }
