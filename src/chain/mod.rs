@@ -29,7 +29,7 @@ pub use diff::Differences;
 pub use extents::Extent;
 pub use member::{Disk, Format, Member, RawDisk};
 pub use open::{Depth, OpenOptions, Sharing};
-pub use overlay::{Existing, Overlay};
+pub use overlay::{Existing, Overlay, check_place};
 pub use policy::{BackingPolicy, OpenPolicy};
 pub use secrets::{SecretFor, SecretSource, Secrets};
 pub use view::View;

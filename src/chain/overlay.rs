@@ -96,22 +96,10 @@ impl Chain {
 
     /// The file that is to become a new image, empty and locked; `None` where there is none.
     fn to_replace(&self, file: &Path, existing: Existing) -> Result<Option<Arc<FileStore>>> {
+        let is_member = |id| self.members.iter().any(|member| member.has_file(id));
+        check_place(file, existing, is_member)?;
         if fs::symlink_metadata(file).is_err() {
             return Ok(None);
-        }
-        let is_member = |id| self.members.iter().any(|member| member.has_file(id));
-        // Not even force overwrites a member.
-        if FileId::of(file).is_some_and(is_member) {
-            return Err(Error::new(Problem::PartOfChain));
-        }
-        // Nor a directory, a device, or a link that leads nowhere, so that nobody is told to try.
-        let found = fs::metadata(file);
-        let leads_nowhere = found.as_ref().is_err_and(|error| error.kind() == ErrorKind::NotFound);
-        if leads_nowhere || found.is_ok_and(|found| !found.is_file()) {
-            return Err(Error::new(Problem::NotARegularFile));
-        }
-        if existing == Existing::Refuse {
-            return Err(Error::new(Problem::ExistsUnforced));
         }
         let store = FileStore::open(file, Access::ReadWrite)?;
         // Once more: the name may lead elsewhere by now.
@@ -176,6 +164,35 @@ impl Chain {
             log::warn!("{error}");
         }
         Ok(switched)
+    }
+}
+
+/// Refuses `file` as the name of a new image if something is there that must not become one; `is_member` says which files are
+/// part of the chain. Looks only, and names no file in its errors.
+///
+/// # Errors
+/// [`Problem::PartOfChain`], [`Problem::NotARegularFile`], [`Problem::ExistsUnforced`].
+pub fn check_place(
+    file: &Path,
+    existing: Existing,
+    is_member: impl Fn(FileId) -> bool,
+) -> Result<()> {
+    if fs::symlink_metadata(file).is_err() {
+        return Ok(());
+    }
+    // Not even force overwrites a member.
+    if FileId::of(file).is_some_and(is_member) {
+        return Err(Error::new(Problem::PartOfChain));
+    }
+    // Nor a directory, a device, or a link that leads nowhere, so that nobody is told to try.
+    let found = fs::metadata(file);
+    let leads_nowhere = found.as_ref().is_err_and(|error| error.kind() == ErrorKind::NotFound);
+    if leads_nowhere || found.is_ok_and(|found| !found.is_file()) {
+        return Err(Error::new(Problem::NotARegularFile));
+    }
+    match existing {
+        Existing::Refuse => Err(Error::new(Problem::ExistsUnforced)),
+        Existing::Replace => Ok(()),
     }
 }
 

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use super::mount_options::{Options, Unknown};
-use super::target::{Target, absolute, nothing_to_quiesce};
+use super::target::{Target, absolute, check_new_image, files_of, members_of, nothing_to_quiesce};
 use super::{exit, logging, print};
 use crate::chain::{Chain, Existing, OpenOptions};
 use crate::control::{Command, NewOverlay, Quiesce};
@@ -51,26 +51,33 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
         existing: if arguments.force { Existing::Replace } else { Existing::Refuse },
         quiesce: if arguments.quiesce { Quiesce::Yes } else { Quiesce::No },
     };
-    let target = Target::find(&arguments.target)?;
-    if arguments.dry_run {
-        print(&plan(&target, arguments))?;
-        return Ok(ExitCode::from(exit::DONE));
-    }
-    match target {
+    match Target::find(&arguments.target)? {
         Target::Live(mut client) => {
+            if arguments.dry_run {
+                check_new_image(&new.file, new.existing, &members_of(&mut client)?)?;
+                return tell(arguments, "would be put on top of the chain mounted at");
+            }
             client.execute(&Command::Overlay(new))?;
         }
         Target::Image(image) => {
             if new.quiesce == Quiesce::Yes {
                 return Err(nothing_to_quiesce());
             }
+            let writability = match arguments.dry_run {
+                true => Writability::ReadOnly,
+                false => Writability::Writable,
+            };
             let options = OpenOptions {
-                writability: Writability::Writable,
+                writability,
                 policy: words.policy,
                 secrets: words.secrets,
                 ..OpenOptions::default()
             };
             let chain = Arc::new(Chain::open(&image, &options)?);
+            if arguments.dry_run {
+                check_new_image(&new.file, new.existing, &files_of(&chain))?;
+                return tell(arguments, "would be made on top of");
+            }
             chain.prepare_overlay(0, &new.file, new.existing)?;
             chain.close()?;
         }
@@ -81,10 +88,8 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     Ok(ExitCode::from(exit::DONE))
 }
 
-fn plan(target: &Target, arguments: &Arguments) -> String {
-    let (new, old) = (arguments.new.display(), arguments.target.display());
-    match target {
-        Target::Live(_) => format!("{new} would be put on top of the chain mounted at {old}\n"),
-        Target::Image(_) => format!("{new} would be made on top of {old}\n"),
-    }
+/// Says what would be done.
+fn tell(arguments: &Arguments, would: &str) -> Result<ExitCode> {
+    print(&format!("{} {would} {}\n", arguments.new.display(), arguments.target.display()))?;
+    Ok(ExitCode::from(exit::DONE))
 }

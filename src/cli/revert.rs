@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::mount_options::{Options, Unknown};
 use super::report::printable;
-use super::target::{Target, absolute, members_of};
+use super::target::{Target, absolute, check_new_image, files_of, members_of};
 use super::{exit, logging, print};
 use crate::chain::{Address, Chain, Existing, MemberChoice, OpenOptions};
 use crate::control::{Command, Revert};
@@ -63,8 +63,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
                 ..OpenOptions::default()
             };
             let chain = Arc::new(Chain::open(&image, &options)?);
-            let files = chain.members().iter().map(|member| member.path().to_path_buf());
-            let plan = Plan::of(arguments, &files.collect::<Vec<_>>())?;
+            let plan = Plan::of(arguments, &files_of(&chain))?;
             plan.carry_out(arguments, |plan| {
                 let below = plan.leaving.len();
                 chain.prepare_overlay(below, &plan.new, plan.existing).map(drop)
@@ -112,6 +111,8 @@ impl Plan {
         revert: impl FnOnce(&Self) -> Result<()>,
     ) -> Result<()> {
         if arguments.dry_run {
+            let members = [&self.leaving[..], &self.staying].concat();
+            check_new_image(&self.new, self.existing, &members)?;
             return print(&self.words("would go", "would no longer be"));
         }
         revert(self)?;

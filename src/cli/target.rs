@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use nix::unistd::geteuid;
 
+use crate::chain::{Chain, Existing, check_place};
 use crate::control::{Client, Command};
 use crate::error::{At, Doing, Error, Problem, Result};
 use crate::mount::{MountEntry, control_socket, our_mount, our_mounts};
@@ -66,6 +67,20 @@ pub fn members_of(client: &mut Client) -> Result<Vec<PathBuf>> {
     let nodes = client.execute(&Command::QueryNodes)?;
     let files = nodes.as_array().into_iter().flatten();
     Ok(files.filter_map(|node| node["file"].as_str().map(PathBuf::from)).collect())
+}
+
+/// The same of a chain that is open here.
+pub fn files_of(chain: &Chain) -> Vec<PathBuf> {
+    chain.members().iter().map(|member| member.path().to_path_buf()).collect()
+}
+
+/// Refuses what could not become a new image on top of a chain of `members`, without making it.
+///
+/// # Errors
+/// As [`check_place`].
+pub fn check_new_image(file: &Path, existing: Existing, members: &[PathBuf]) -> Result<()> {
+    let members: Vec<FileId> = members.iter().filter_map(|member| FileId::of(member)).collect();
+    check_place(file, existing, |id| members.contains(&id)).at(file)
 }
 
 /// The error for --quiesce on an image at rest.

@@ -105,6 +105,14 @@ fn mapped_file(line: &[u8]) -> Option<&Path> {
     Some(Path::new(OsStr::from_bytes(&line[start..])))
 }
 
+/// The loop devices over files under `mountpoint` that `concerns`.
+pub fn loop_devices_of(mountpoint: &Path, concerns: impl Fn(&Use<'_>) -> bool) -> Vec<String> {
+    loop_devices(&|file, access| {
+        let file = file.strip_prefix(mountpoint);
+        file.is_ok_and(|file| concerns(&Use { file, access }))
+    })
+}
+
 /// The loop devices whose files are under `mountpoint`.
 pub(super) fn loop_devices_on(mountpoint: &Path) -> Vec<String> {
     loop_devices(&|file, _| file.starts_with(mountpoint))

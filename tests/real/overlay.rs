@@ -258,6 +258,10 @@ fn a_file_that_is_there_is_overwritten_only_by_force_and_a_member_never() {
     assert_eq!(fs::read(&other).expect("read"), b"precious");
     let said = qchainfs(&args!["overlay", "--force", mounted.root(), &image]).fails(1);
     assert!(said.contains("part of the chain"), "{said}");
+    // What would be refused is so when nothing shall be done, too.
+    qchainfs(&args!["overlay", "-n", mounted.root(), &other]).fails(1);
+    qchainfs(&args!["overlay", "-n", "--force", mounted.root(), &image]).fails(1);
+    qchainfs(&args!["overlay", "-n", mounted.root(), images.path("")]).fails(1);
     qchainfs(&args!["overlay", "-n", "--force", mounted.root(), &other]).ok();
     assert_eq!(fs::read(&other).expect("read"), b"precious");
     let before = fs::read(mounted.disk()).expect("read");

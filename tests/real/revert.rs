@@ -157,6 +157,8 @@ fn what_is_no_older_member_is_refused_and_nothing_happens() {
         let said = qchainfs(&args!["revert", target, "[1]", &precious]).fails(1);
         assert!(said.contains("exists already"), "{said}");
         assert!(said.contains("--force"), "{said}");
+        qchainfs(&args!["revert", "-n", target, "[1]", &precious]).fails(1);
+        qchainfs(&args!["revert", "-n", "--force", target, "[1]", &middle]).fails(1);
         let said = qchainfs(&args!["revert", "--force", target, "[1]", &middle]).fails(1);
         assert!(said.contains("part of the chain"), "{said}");
     }
@@ -181,7 +183,19 @@ fn a_disk_whose_file_system_is_mounted_is_not_reverted_under_it() {
     assert!(said.contains("open for writing") && said.contains(&number), "{said}");
     drop(inner);
     drop(device);
+    // One that can't write remembers what it has read all the same.
+    let device = LoopDevice::attach_read_only(&mounted.disk());
+    let name = device.path().display().to_string();
+    qchainfs(&args!["snapshot", "create", mounted.root(), "now"]).ok();
+    let revert = qchainfs(&args!["revert", mounted.root(), "[1]"]).fails(1);
+    let apply = qchainfs(&args!["snapshot", "apply", mounted.root(), "now"]).fails(1);
+    for said in [revert, apply] {
+        assert!(said.contains("still in use") && said.contains(&name), "{said}");
+    }
+    drop(device);
+    let elsewhere = LoopDevice::attach_read_only(&mounted.path("chain/1/disk.raw"));
     qchainfs(&args!["revert", mounted.root(), "[1]"]).ok();
+    drop(elsewhere);
     assert!(fs::read(mounted.disk()).expect("read").iter().all(|&byte| byte == 0));
     mounted.umount();
 }

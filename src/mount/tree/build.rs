@@ -99,6 +99,8 @@ impl Plan {
     }
 }
 
+/// The directory of the members.
+pub(super) const CHAIN: &str = "chain";
 /// The directory of a member's internal snapshots.
 pub(super) const SNAPSHOTS: &str = "snapshots";
 
@@ -140,7 +142,7 @@ impl Builder<'_> {
             true => self.view_directory(active, Inode::ROOT),
             false => Directory::default(),
         };
-        root.children.insert("chain".into(), self.chain_directory(active)?);
+        root.children.insert(CHAIN.into(), self.chain_directory(active)?);
         let snapshots = self.snapshots_directory(Side::Views, 0, active, Inode::ROOT)?;
         root.children.insert(SNAPSHOTS.into(), snapshots);
         if self.plan.twins == Twins::Shown {

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard, PoisonError};
 
+use super::build::{CHAIN, SNAPSHOTS};
 use super::opened::NoWriters;
 use super::scratch::TWINS;
 use super::shape::Shape;
@@ -12,7 +13,7 @@ use crate::chain::{Chain, Existing, Member, View};
 use crate::control::SnapshotName;
 use crate::error::{At, Error, Problem, Result};
 use crate::image::{Image, SnapshotTree};
-use crate::mount::in_use::{TWIN, holders_of};
+use crate::mount::in_use::{TWIN, Use, holders_of, loop_devices_of};
 use crate::mount::view_files::ViewFiles;
 use crate::store::Access;
 
@@ -139,8 +140,16 @@ impl Tree {
     }
 
     /// Nobody writes to the disk while what this returns lives. Who writes relies on what he has read, and it must not
-    /// become something else under him.
+    /// become something else under him. Nor is there a loop device over it, which remembers what it has read, and is not told.
     fn keep_writers_out(&self, chain: &Chain, mountpoint: &Path) -> Result<NoWriters<'_>> {
+        let is_active = |used: &Use<'_>| {
+            [CHAIN, SNAPSHOTS, TWINS].iter().all(|other| !used.file.starts_with(other))
+        };
+        let holders =
+            loop_devices_of(mountpoint, |used| used.access == Access::ReadOnly && is_active(used));
+        if !holders.is_empty() {
+            return Err(Error::new(Problem::Busy { holders }).at(chain.members()[0].path()));
+        }
         self.handles.keep_writers_out().ok_or_else(|| {
             let holders = holders_of(mountpoint, |used| {
                 used.access == Access::ReadWrite && !used.file.starts_with(TWINS)

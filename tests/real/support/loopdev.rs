@@ -22,9 +22,19 @@ impl LoopDevice {
     /// Attaches `file` to a free device, read-only where the file is.
     #[track_caller]
     pub fn attach(file: &Path) -> Self {
-        need_mounting();
         let read_only = fs::metadata(file).expect("stat").permissions().readonly();
-        let mode = if read_only { "-rfP" } else { "-fP" };
+        Self::attach_with(if read_only { "-rfP" } else { "-fP" }, file)
+    }
+
+    /// Attaches `file` to a free device that can't write.
+    #[track_caller]
+    pub fn attach_read_only(file: &Path) -> Self {
+        Self::attach_with("-rfP", file)
+    }
+
+    #[track_caller]
+    fn attach_with(mode: &str, file: &Path) -> Self {
+        need_mounting();
         let said = run("losetup", &args![mode, "--show", file]);
         let device = PathBuf::from(said.trim());
         let lost = device.clone();
