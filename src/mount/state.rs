@@ -4,6 +4,7 @@
 //! again, and a process that was killed leaves its file behind, the process is known by its start, too.
 
 use std::env;
+use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File, Permissions};
 use std::io::{self, ErrorKind, Write};
 use std::os::fd::OwnedFd;
@@ -11,7 +12,8 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::unistd::geteuid;
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, pidfd_open, test_kill_process};
 use serde_json::{Value, json};
 
 use super::mount_table::MountEntry;
@@ -66,6 +68,10 @@ impl State {
         for left_behind in sockets(&file) {
             fs::remove_file(left_behind)?;
         }
+        // Nobody needs this to be done now.
+        if let Err(error) = sweep(&directory) {
+            log::debug!("{}: {error}", directory.display());
+        }
         Ok(Self { directory, file })
     }
 
@@ -110,11 +116,53 @@ fn live_state(mount: &MountEntry) -> Option<(PathBuf, OwnedFd)> {
             return None;
         }
         let state = read(&file)?;
-        let pid = u32::try_from(state["pid"].as_u64()?).ok()?;
+        let pid = pid(&state)?;
         // Once it is held, its number can't become another's.
         let process = open_process(pid)?;
         (start_time(pid)? == state["start-time"].as_u64()?).then(|| (socket(&file, pid), process))
     })
+}
+
+/// The number of the process that wrote `state`.
+fn pid(state: &Value) -> Option<u32> {
+    u32::try_from(state["pid"].as_u64()?).ok()
+}
+
+/// Whether it is certain that there is no process of that number, or that it is another than the one that started then.
+fn has_ended(pid: u32, start: Option<u64>) -> bool {
+    let Some(number) = i32::try_from(pid).ok().and_then(Pid::from_raw) else {
+        return false;
+    };
+    // One whose parent has not asked for its end yet keeps its number, and all that it had is given back.
+    test_kill_process(number) == Err(Errno::SRCH)
+        || stat(pid).is_some_and(|stat| stat.starts_with(['Z', 'X']))
+        || start.is_some_and(|start| start_time(pid).is_some_and(|now| now != start))
+}
+
+/// Takes away what processes that were killed have left in `directory`, whatever numbers their mounts had. Whoever is
+/// about to write something there waits for the lock, which the caller holds; what he then writes is of a live process.
+fn sweep(directory: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(directory)? {
+        let path = entry?.path();
+        let name = path.file_name().and_then(OsStr::to_str).unwrap_or_default();
+        let left_behind = match name.rsplit_once('.') {
+            // What nobody could have written here is nothing of ours.
+            Some((_, "json")) => read(&path).is_some_and(|state| {
+                pid(&state).is_some_and(|pid| has_ended(pid, state["start-time"].as_u64()))
+            }),
+            Some((stem, "sock")) => stem
+                .rsplit_once('-')
+                .and_then(|(_, pid)| pid.parse().ok())
+                .is_some_and(|pid| has_ended(pid, None)),
+            // Its writer would hold the lock.
+            Some((pid, "new")) => pid.parse::<u32>().is_ok(),
+            _ => false,
+        };
+        if left_behind {
+            fs::remove_file(path)?;
+        }
+    }
+    Ok(())
 }
 
 /// The process of that number, to wait for.
@@ -176,10 +224,16 @@ fn lock(directory: &Path) -> io::Result<File> {
 
 /// When the process started, in the kernel's ticks since boot.
 fn start_time(pid: u32) -> Option<u64> {
+    // Field 22.
+    stat(pid)?.split_whitespace().nth(19)?.parse().ok()
+}
+
+/// What the kernel says of the process, from field 3 on: its state.
+fn stat(pid: u32) -> Option<String> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // Field 22; the name, field 2, may hold anything, parentheses and spaces included.
+    // The name, field 2, may hold anything, parentheses and spaces included.
     let (_, behind_name) = stat.rsplit_once(')')?;
-    behind_name.split_whitespace().nth(19)?.parse().ok()
+    Some(behind_name.trim_start().to_owned())
 }
 
 #[cfg(test)]
@@ -228,6 +282,55 @@ mod tests {
         assert_ne!(state.socket(), temp.path().join("0-41-7.sock"));
         drop(state);
         assert_eq!(fs::read_dir(temp.path()).unwrap().count(), 3);
+    }
+
+    #[test]
+    fn what_killed_processes_have_left_is_taken_away_by_the_next_mount_whatever_its_number() {
+        let temp = tempfile::tempdir().unwrap();
+        let gone = {
+            let mut child = std::process::Command::new("true").spawn().unwrap();
+            child.wait().unwrap();
+            child.id()
+        };
+        // Killed, and nobody has asked for its end.
+        let mut unasked = std::process::Command::new("true").spawn().unwrap();
+        let zombie = unasked.id();
+        let started_then = start_time(zombie).unwrap();
+        while !stat(zombie).unwrap().starts_with('Z') {
+            std::thread::yield_now();
+        }
+        let own = std::process::id();
+        let state = |pid: u32, start: u64| json!({"pid": pid, "start-time": start}).to_string();
+        let started = start_time(own).unwrap();
+        let left_behind = [
+            ("0-42.json".to_owned(), state(gone, 1)),
+            // Its number has become another process's.
+            ("0-43.json".to_owned(), state(own, started + 1)),
+            ("0-47.json".to_owned(), state(zombie, started_then)),
+            (format!("0-47-{zombie}.sock"), String::new()),
+            (format!("0-42-{gone}.sock"), String::new()),
+            (format!("0-50-{gone}.sock"), String::new()),
+            (format!("{gone}.new"), "{".to_owned()),
+        ];
+        let kept = [
+            ("0-44.json".to_owned(), state(own, started)),
+            (format!("0-44-{own}.sock"), String::new()),
+            ("0-45.json".to_owned(), "{".to_owned()),
+            ("0-46.json".to_owned(), "{}".to_owned()),
+            ("x.sock".to_owned(), String::new()),
+            ("somebody.new".to_owned(), String::new()),
+        ];
+        for (name, text) in left_behind.iter().chain(&kept) {
+            fs::write(temp.path().join(name), text).unwrap();
+        }
+        let _state = State::publish_in(temp.path().into(), &mount("0:41")).unwrap();
+        for (name, _) in &left_behind {
+            assert!(!temp.path().join(name).exists(), "{name} is still there");
+        }
+        for (name, _) in &kept {
+            assert!(temp.path().join(name).exists(), "{name} was taken away");
+        }
+        unasked.wait().unwrap();
     }
 
     #[test]
