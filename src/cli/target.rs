@@ -26,6 +26,10 @@ impl Target {
     pub fn find(path: &Path) -> Result<Self> {
         let path = std::path::absolute(path).doing("find out the current directory")?;
         if let Some(mount) = our_mount(&path) {
+            let own = geteuid().as_raw();
+            if let Some(owner) = mount.owner().filter(|&owner| own != 0 && owner != own) {
+                return Err(Error::new(Problem::OfAnotherUser { owner }).at(&path));
+            }
             let unreachable =
                 |reason: String| Error::new(Problem::Unreachable { reason }).at(&path);
             let socket = control_socket(&mount).ok_or_else(|| {

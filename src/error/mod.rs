@@ -186,6 +186,11 @@ pub enum Problem {
         /// Why not.
         reason: String,
     },
+    /// Only its owner and root may manage a mount.
+    OfAnotherUser {
+        /// The owner's number.
+        owner: u32,
+    },
     /// A mount is gone, and has not said whether it did what it was asked for.
     Ended,
     /// The mountpoint can't be used.

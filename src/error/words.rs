@@ -83,6 +83,9 @@ impl Error {
             Problem::Usage { message } => message.clone(),
             Problem::NotMounted => format!("{file} is not a mountpoint of qchainfs"),
             Problem::Unreachable { .. } => format!("the mount at {file} does not answer"),
+            Problem::OfAnotherUser { owner } => {
+                format!("the mount at {file} belongs to another user (uid {owner})")
+            }
             Problem::NotShared { file: source, range, .. } => format!(
                 "{file} can't share the {} bytes at {} of {}",
                 range.end - range.start,
@@ -127,6 +130,7 @@ impl Error {
             Problem::ExistsUnforced => {
                 Some("--force overwrites it, and what it holds is lost".into())
             }
+            Problem::OfAnotherUser { .. } => Some("only that user and root may manage it".into()),
             Problem::PartOfChain => Some("a new image needs a name of its own".into()),
             Problem::OpenForWriting { .. } => Some(
                 "who writes relies on what the disk held, and it would hold something else; close it first".into(),

@@ -9,6 +9,7 @@ use std::fs::{self, DirBuilder, File, Permissions};
 use std::io::{self, ErrorKind, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use nix::unistd::geteuid;
@@ -139,6 +140,14 @@ fn has_ended(pid: u32, start: Option<u64>) -> bool {
         || start.is_some_and(|start| start_time(pid).is_some_and(|now| now != start))
 }
 
+/// Whether there is certainly no server at `socket`. A process in another container has no number here, and lives.
+fn nobody_listens(socket: &Path) -> bool {
+    let connected = UnixStream::connect(socket);
+    connected.is_err_and(|error| {
+        matches!(error.kind(), ErrorKind::ConnectionRefused | ErrorKind::NotFound)
+    })
+}
+
 /// Takes away what processes that were killed have left in `directory`, whatever numbers their mounts had. Whoever is
 /// about to write something there waits for the lock, which the caller holds; what he then writes is of a live process.
 fn sweep(directory: &Path) -> io::Result<()> {
@@ -149,11 +158,12 @@ fn sweep(directory: &Path) -> io::Result<()> {
             // What nobody could have written here is nothing of ours.
             Some((_, "json")) => read(&path).is_some_and(|state| {
                 pid(&state).is_some_and(|pid| has_ended(pid, state["start-time"].as_u64()))
+                    && sockets(&path).iter().all(|socket| nobody_listens(socket))
             }),
             Some((stem, "sock")) => stem
                 .rsplit_once('-')
                 .and_then(|(_, pid)| pid.parse().ok())
-                .is_some_and(|pid| has_ended(pid, None)),
+                .is_some_and(|pid| has_ended(pid, None) && nobody_listens(&path)),
             // Its writer would hold the lock.
             Some((pid, "new")) => pid.parse::<u32>().is_ok(),
             _ => false,
@@ -239,6 +249,7 @@ fn stat(pid: u32) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::net::UnixListener;
 
     fn mount(device: &str) -> MountEntry {
         MountEntry {
@@ -315,6 +326,7 @@ mod tests {
         let kept = [
             ("0-44.json".to_owned(), state(own, started)),
             (format!("0-44-{own}.sock"), String::new()),
+            ("0-48.json".to_owned(), state(gone, 1)),
             ("0-45.json".to_owned(), "{".to_owned()),
             ("0-46.json".to_owned(), "{}".to_owned()),
             ("x.sock".to_owned(), String::new()),
@@ -323,7 +335,11 @@ mod tests {
         for (name, text) in left_behind.iter().chain(&kept) {
             fs::write(temp.path().join(name), text).unwrap();
         }
+        // A process that is only not seen from here has one.
+        let name = format!("0-48-{gone}.sock");
+        let _listener = UnixListener::bind(temp.path().join(&name)).unwrap();
         let _state = State::publish_in(temp.path().into(), &mount("0:41")).unwrap();
+        assert!(temp.path().join(name).exists());
         for (name, _) in &left_behind {
             assert!(!temp.path().join(name).exists(), "{name} is still there");
         }

@@ -136,6 +136,23 @@ fn one_client_too_many_is_told_so_and_the_mount_goes_on() {
 }
 
 #[test]
+fn a_mount_is_managed_by_its_owner_and_others_are_told_whose_it_is() {
+    let images = Images::new();
+    let image = images.create("disk.qcow2", M, "");
+    let mounted = Mounted::with(&args!["-o", "allow_other"], &image);
+    // The program may be in a directory that only its owner can look into.
+    let program = images.path("qchainfs");
+    fs::copy(QCHAINFS, &program).expect("copy the program");
+    fs::set_permissions(images.path(""), fs::Permissions::from_mode(0o755)).expect("chmod");
+    let another = args!["--reuid=65534", "--regid=65534", "--clear-groups", program];
+    let words = [&another[..], &args!["snapshot", "create", mounted.root(), "one"]].concat();
+    let said = attempt("setpriv", &words).fails(1);
+    assert!(said.contains("another user (uid 0)"), "{said}");
+    assert_eq!(fs::read_dir(mounted.path("snapshots")).expect("list").count(), 0);
+    mounted.umount();
+}
+
+#[test]
 fn a_snapshot_made_through_the_socket_appears_at_once() {
     let images = Images::new();
     let image = images.create("disk.qcow2", M, "");
