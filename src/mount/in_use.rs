@@ -27,13 +27,15 @@ pub fn holders(mountpoint: &Path) -> Vec<String> {
 
 /// The processes and loop devices, as [`holders`] shows them, that use a file under `mountpoint` in a way that `concerns`.
 pub fn holders_of(mountpoint: &Path, concerns: impl Fn(&Use<'_>) -> bool) -> Vec<String> {
-    let concerns = |file: &Path, access: Access| {
-        let file = file.strip_prefix(mountpoint);
-        file.is_ok_and(|file| concerns(&Use { file, access }))
-    };
-    let mut holders = processes(&concerns);
-    holders.extend(loop_devices(&concerns));
+    let search = Search { mountpoint, concerns: &concerns };
+    let mut holders = search.processes();
+    holders.extend(search.loop_devices());
     holders
+}
+
+/// The loop devices over files under `mountpoint` that `concerns`.
+pub fn loop_devices_of(mountpoint: &Path, concerns: impl Fn(&Use<'_>) -> bool) -> Vec<String> {
+    Search { mountpoint, concerns: &concerns }.loop_devices()
 }
 
 /// How somebody uses a file.
@@ -44,35 +46,76 @@ pub struct Use<'a> {
     pub access: Access,
 }
 
-type Concerns<'a> = &'a dyn Fn(&Path, Access) -> bool;
-
-fn processes(concerns: Concerns<'_>) -> Vec<String> {
-    let mut pids: Vec<u32> = names_in(Path::new("/proc"))
-        .filter_map(|name| name.to_str()?.parse().ok())
-        .filter(|&pid| pid != process::id())
-        .collect();
-    pids.sort_unstable();
-    pids.into_iter()
-        .map(|pid| (pid, PathBuf::from(format!("/proc/{pid}"))))
-        .filter(|(_, process)| uses(process, concerns))
-        .map(|(pid, process)| {
-            let name = fs::read_to_string(process.join("comm")).unwrap_or_default();
-            format!("{} (pid {pid})", name.trim_end())
-        })
-        .collect()
+/// What is looked for.
+struct Search<'a> {
+    mountpoint: &'a Path,
+    concerns: &'a dyn Fn(&Use<'_>) -> bool,
 }
 
-/// Whether `process`, a directory of `/proc`, has a file open or mapped that `concerns`, or runs in there.
-fn uses(process: &Path, concerns: Concerns<'_>) -> bool {
-    let places = ["cwd", "root", "exe"].iter().any(|name| {
-        fs::read_link(process.join(name)).is_ok_and(|place| concerns(&place, Access::ReadOnly))
-    });
-    let descriptors = process.join("fd");
-    let opens = |name: OsString| {
-        let file = fs::read_link(descriptors.join(&name));
-        file.is_ok_and(|file| concerns(&file, opened_for(&process.join("fdinfo").join(name))))
-    };
-    places || names_in(&descriptors).any(opens) || maps(process, concerns)
+impl Search<'_> {
+    fn finds(&self, file: &Path, access: Access) -> bool {
+        let file = file.strip_prefix(self.mountpoint);
+        file.is_ok_and(|file| (self.concerns)(&Use { file, access }))
+    }
+
+    fn processes(&self) -> Vec<String> {
+        let mut pids: Vec<u32> = names_in(Path::new("/proc"))
+            .filter_map(|name| name.to_str()?.parse().ok())
+            .filter(|&pid| pid != process::id())
+            .collect();
+        pids.sort_unstable();
+        pids.into_iter()
+            .map(|pid| (pid, PathBuf::from(format!("/proc/{pid}"))))
+            .filter(|(_, process)| self.finds_any_of(process))
+            .map(|(pid, process)| {
+                let name = fs::read_to_string(process.join("comm")).unwrap_or_default();
+                format!("{} (pid {pid})", name.trim_end())
+            })
+            .collect()
+    }
+
+    /// Whether `process`, a directory of `/proc`, has such a file open or mapped, or runs in there.
+    fn finds_any_of(&self, process: &Path) -> bool {
+        let places = ["cwd", "root", "exe"].iter().any(|name| {
+            let place = fs::read_link(process.join(name));
+            place.is_ok_and(|place| self.finds(&place, Access::ReadOnly))
+        });
+        let descriptors = process.join("fd");
+        let opens = |name: OsString| {
+            let file = fs::read_link(descriptors.join(&name));
+            file.is_ok_and(|file| self.finds(&file, opened_for(&process.join("fdinfo").join(name))))
+        };
+        places || names_in(&descriptors).any(opens) || self.finds_mapped_by(process)
+    }
+
+    /// Whether `process` maps such a file: the mapping outlives the descriptor.
+    fn finds_mapped_by(&self, process: &Path) -> bool {
+        // Unlike the links in map_files, this can be read without root's rights.
+        let maps = fs::read(process.join("maps")).unwrap_or_default();
+        maps.split(|&byte| byte == b'\n').any(|line| {
+            let permissions = line.split(|&byte| byte == b' ').nth(1);
+            // A private mapping never writes to its file.
+            let shared = matches!(permissions, Some([_, b'w', _, b's']));
+            let access = if shared { Access::ReadWrite } else { Access::ReadOnly };
+            mapped_file(line).is_some_and(|file| self.finds(file, access))
+        })
+    }
+
+    fn loop_devices(&self) -> Vec<String> {
+        let block = Path::new("/sys/block");
+        let mut devices: Vec<_> = names_in(block)
+            .filter(|name| {
+                let device = block.join(name);
+                let Ok(file) = fs::read(device.join("loop/backing_file")) else { return false };
+                let only_read = fs::read(device.join("ro")).is_ok_and(|ro| ro.starts_with(b"1"));
+                let access = if only_read { Access::ReadOnly } else { Access::ReadWrite };
+                self.finds(Path::new(OsStr::from_bytes(file.trim_ascii_end())), access)
+            })
+            .map(|name| Path::new("/dev").join(name).display().to_string())
+            .collect();
+        devices.sort_unstable();
+        devices
+    }
 }
 
 /// What a descriptor is open for, whose file in `fdinfo` is `info`.
@@ -86,52 +129,10 @@ fn opened_for(info: &Path) -> Access {
     }
 }
 
-/// Whether `process` maps a file that `concerns`: the mapping outlives the descriptor.
-fn maps(process: &Path, concerns: Concerns<'_>) -> bool {
-    // Unlike the links in map_files, this can be read without root's rights.
-    let maps = fs::read(process.join("maps")).unwrap_or_default();
-    maps.split(|&byte| byte == b'\n').any(|line| {
-        let permissions = line.split(|&byte| byte == b' ').nth(1);
-        // A private mapping never writes to its file.
-        let shared = matches!(permissions, Some([_, b'w', _, b's']));
-        let access = if shared { Access::ReadWrite } else { Access::ReadOnly };
-        mapped_file(line).is_some_and(|file| concerns(file, access))
-    })
-}
-
 /// The file in a line `7f00-7f01 r--p 00000000 fd:01 1234       /path with spaces`.
 fn mapped_file(line: &[u8]) -> Option<&Path> {
     let start = line.iter().position(|&byte| byte == b'/')?;
     Some(Path::new(OsStr::from_bytes(&line[start..])))
-}
-
-/// The loop devices over files under `mountpoint` that `concerns`.
-pub fn loop_devices_of(mountpoint: &Path, concerns: impl Fn(&Use<'_>) -> bool) -> Vec<String> {
-    loop_devices(&|file, access| {
-        let file = file.strip_prefix(mountpoint);
-        file.is_ok_and(|file| concerns(&Use { file, access }))
-    })
-}
-
-/// The loop devices whose files are under `mountpoint`.
-pub(super) fn loop_devices_on(mountpoint: &Path) -> Vec<String> {
-    loop_devices(&|file, _| file.starts_with(mountpoint))
-}
-
-fn loop_devices(concerns: Concerns<'_>) -> Vec<String> {
-    let block = Path::new("/sys/block");
-    let mut devices: Vec<_> = names_in(block)
-        .filter(|name| {
-            let device = block.join(name);
-            let Ok(file) = fs::read(device.join("loop/backing_file")) else { return false };
-            let only_read = fs::read(device.join("ro")).is_ok_and(|ro| ro.starts_with(b"1"));
-            let access = if only_read { Access::ReadOnly } else { Access::ReadWrite };
-            concerns(Path::new(OsStr::from_bytes(file.trim_ascii_end())), access)
-        })
-        .map(|name| Path::new("/dev").join(name).display().to_string())
-        .collect();
-    devices.sort_unstable();
-    devices
 }
 
 fn mounts_below(mountpoint: &Path) -> Vec<String> {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use nix::sys::stat::{major, minor};
 
-use super::in_use::{loop_devices_on, names_in};
+use super::in_use::{loop_devices_of, names_in};
 use super::mount_table::{MountEntry, mounts};
 
 /// The file systems that are mounted from loop devices on files under `mountpoint`, one entry for each, and those from loop
@@ -18,7 +18,7 @@ pub(super) fn stacked_on(mountpoint: &Path) -> Vec<MountEntry> {
     let mut places = vec![mountpoint.to_path_buf()];
     while let Some(place) = places.pop() {
         let devices: Vec<String> =
-            loop_devices_on(&place).iter().flat_map(|device| numbers(device)).collect();
+            loop_devices_of(&place, |_| true).iter().flat_map(|device| numbers(device)).collect();
         for mount in mounts().into_iter().filter(|mount| is_from(mount, &devices)) {
             if found.iter().all(|known| known.device != mount.device) {
                 places.push(mount.mountpoint.clone());
