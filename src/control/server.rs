@@ -213,6 +213,10 @@ impl Shared {
                 let text = "a session begins with qmp_capabilities";
                 return refusal(&Refusal::UnknownCommand(text.to_owned()), id);
             }
+            ("query-version" | "query-commands", true) if !arguments.is_empty() => {
+                let text = format!("{name} takes no arguments");
+                return refusal(&Refusal::Wrong(text), id);
+            }
             ("query-version", true) => return success(version(), id),
             ("query-commands", true) => {
                 let own = ["qmp_capabilities", "query-version", "query-commands"];

@@ -93,6 +93,8 @@ fn requests_are_answered_in_order_with_their_ids_and_what_is_wrong_is_said() {
         "arguments": { "device": "disk", "name": "" },
     }));
     assert_eq!(wrong["error"]["class"], "GenericError");
+    let wrong = client.ask(&json!({ "execute": "query-version", "arguments": { "a": 1 } }));
+    assert_eq!(wrong["error"]["class"], "GenericError");
     // What is no JSON ends this connection, and no other.
     client.send("}{");
     assert_eq!(client.receive()["error"]["class"], "GenericError");
