@@ -14,7 +14,7 @@ use qchainfs::chain::{Chain, OpenOptions};
 use qchainfs::error::{Error, Result};
 use qchainfs::image::{CreateOptions, NewBacking, NewImage, Writability};
 use qchainfs::mount::{
-    Audience, BesideWriter, DiscardMode, Growth, MountOptions, Ownership, Session, TreeOptions,
+    Audience, BesideWriter, DiscardMode, Growth, MountOptions, Ownership, Session, TreeOptions, Way,
 };
 use qchainfs::qcow2::{Geometry, Version};
 use qchainfs::store::FileStore;
@@ -101,7 +101,8 @@ fn mount_options(image: &Path, mountpoint: &Path) -> MountOptions {
         },
         audience: Audience::Owner,
         flags: Vec::new(),
-        threads: 4,
+        threads: None,
+        way: Way::Best,
     }
 }
 

@@ -31,6 +31,7 @@ pub mod control;
 pub mod error;
 pub mod image;
 pub mod mount;
+mod processors;
 pub mod qcow2;
 #[cfg(test)]
 mod random;

@@ -1,11 +1,11 @@
 //! Reading of many compressed clusters at a time, by as many threads as there are processors.
 
-use std::num::NonZero;
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 
 use super::{Chain, Extent};
 use crate::error::{At, Result};
+use crate::processors;
 
 /// Less than this is decompressed sooner than another thread is there. What the kernel asks for at once is less, and the
 /// session's threads share it anyway.
@@ -38,8 +38,8 @@ impl Piece<'_> {
 pub fn read_together(chain: &Chain, pieces: Vec<Piece<'_>>) -> Result<()> {
     let compressed = pieces.iter().filter(|piece| piece.extent.is_compressed());
     let bytes: u64 = compressed.map(|piece| piece.extent.range.len).sum();
-    let helpers =
-        usize::try_from(bytes / WORTH_A_THREAD).map_or(0, |most| most.min(processors() - 1));
+    let helpers = usize::try_from(bytes / WORTH_A_THREAD)
+        .map_or(0, |most| most.min(processors::usable() - 1));
     if helpers == 0 {
         return pieces.into_iter().try_for_each(|piece| piece.read(chain));
     }
@@ -63,10 +63,4 @@ pub fn read_together(chain: &Chain, pieces: Vec<Piece<'_>>) -> Result<()> {
         }
         done
     })
-}
-
-/// How many threads can run at the same time.
-fn processors() -> usize {
-    static PROCESSORS: OnceLock<usize> = OnceLock::new();
-    *PROCESSORS.get_or_init(|| thread::available_parallelism().map_or(1, NonZero::get))
 }

@@ -258,7 +258,6 @@ impl Plan {
             Some(directory) => Some(Arc::new(TemporaryDirectory::open(directory)?)),
             None => None,
         };
-        let cores = thread::available_parallelism().map_or(1, usize::from);
         Ok(MountOptions {
             mountpoint: self.mountpoint.clone(),
             tree: TreeOptions {
@@ -276,8 +275,8 @@ impl Plan {
             },
             audience: options.audience,
             flags: options.flags.clone(),
-            // A thread that waits for a disk does not answer: there are more than cores.
-            threads: options.threads.unwrap_or((cores * 2).clamp(4, 16)),
+            threads: options.threads,
+            way: options.way,
         })
     }
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use crate::chain::{BackingPolicy, SecretFor, SecretSource, Secrets, Sharing};
 use crate::error::{Error, Result};
 use crate::image::Writability;
-use crate::mount::{Audience, BesideWriter, DiscardMode, Growth, MountFlag};
+use crate::mount::{Audience, BesideWriter, DiscardMode, Growth, MountFlag, Way};
 
 /// Greatest number of threads that makes any sense.
 const MAX_THREADS: usize = 256;
@@ -36,6 +36,8 @@ pub const HELP: &str = "Mount options, separated by commas:\n\
      \u{20}                         cred:NAME for a systemd credential\n\
      secret[M]=FILE            key of the member of index or file name M\n\
      threads=N                 threads that answer requests\n\
+     io_uring=auto|off         let requests come over io_uring where the kernel\n\
+     \u{20}                         offers it (default); never\n\
      noexec, noatime           as in mount(8), whose other options are\n\
      \u{20}                         accepted and ignored";
 
@@ -72,6 +74,8 @@ pub struct Options {
     pub secrets: Secrets,
     /// `threads=`.
     pub threads: Option<usize>,
+    /// `io_uring=`.
+    pub way: Way,
     /// Flags for the kernel.
     pub flags: Vec<MountFlag>,
 }
@@ -112,6 +116,7 @@ impl Default for Options {
             changed_bases: ChangedBases::Warn,
             secrets: Secrets::default(),
             threads: None,
+            way: Way::Best,
             flags: Vec::new(),
         }
     }
@@ -185,6 +190,8 @@ impl Options {
             }
             ("discard", Some("unmap")) => self.discard = DiscardMode::Unmap,
             ("discard", Some("ignore")) => self.discard = DiscardMode::Ignore,
+            ("io_uring", Some("auto")) => self.way = Way::Best,
+            ("io_uring", Some("off")) => self.way = Way::Device,
             ("scratch", None) => self.scratch = Some(temporary_directory()),
             ("scratch", Some(directory)) if !directory.is_empty() => {
                 self.scratch = Some(PathBuf::from(directory));
@@ -198,8 +205,8 @@ impl Options {
                 }
             }
             (
-                "discard" | "lock" | "scratch" | "secret" | "uid" | "gid" | "umask" | "threads"
-                | "backing_policy",
+                "discard" | "io_uring" | "lock" | "scratch" | "secret" | "uid" | "gid" | "umask"
+                | "threads" | "backing_policy",
                 _,
             ) => {
                 return Err(Error::usage(format!(

@@ -10,7 +10,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 
 use super::exit;
 use crate::error::{At, Doing, Error, Problem, Result};
-use crate::mount::{Detach, detach, open_process, our_mount, our_mounts, server};
+use crate::mount::{Detach, detach, is_dead, open_process, our_mount, our_mounts, server};
 
 /// Take a mount away; returns when its image is closed and clean
 #[derive(clap::Args)]
@@ -35,9 +35,7 @@ pub fn umount(mountpoint: &Path, how: Detach) -> Result<()> {
         // While the mount is still there, whatever goes wrong can be told.
         Ok(disk) => disk.sync_all().doing("make all changes durable").at(&mountpoint)?,
         // Its process is dead, or just dying: there is nothing left to lose or to wait for.
-        Err(error)
-            if [Some(libc::ENOTCONN), Some(libc::ECONNABORTED)].contains(&error.raw_os_error()) =>
-        {
+        Err(error) if error.raw_os_error().is_some_and(is_dead) => {
             return detach(&mountpoint, Detach::Now);
         }
         // Root may unmount what only its owner may look into. Its process makes all durable when it ends.

@@ -208,13 +208,19 @@ fn take_passed(number: RawFd) -> Result<OwnedFd> {
 fn make_room(place: &Path) -> Result<()> {
     while let Some(mount) = mount_on(place).filter(|mount| mount.kind == TYPE) {
         // Unlike stat(2), this is never answered from the kernel's caches.
-        if statfs(place).err() != Some(Errno::ENOTCONN) {
+        if !statfs(place).is_err_and(|errno| is_dead(errno as i32)) {
             return Err(unusable(format!("{} is mounted there already", mount.source.display())));
         }
         log::warn!("{}: unmounting what a crashed process left there", place.display());
         detach_from(place, Detach::Now)?;
     }
     Ok(())
+}
+
+/// Whether an error number says that the process behind a mount is dead, or just dying.
+pub fn is_dead(errno: i32) -> bool {
+    // The last is what a request gets that was to go over io_uring to a process that is ending.
+    [libc::ENOTCONN, libc::ECONNABORTED, libc::ECANCELED].contains(&errno)
 }
 
 fn attach_at(place: &Path, options: &AttachOptions) -> Result<OwnedFd> {

@@ -63,12 +63,13 @@ pub fn chain_info(chain: &Chain, first: usize) -> Vec<u8> {
     lines(&members.collect::<Vec<_>>().into())
 }
 
-/// The content of `.qchainfs/daemon.json`: who serves the mount.
-pub fn daemon_info(image: &Path) -> Vec<u8> {
+/// The content of `.qchainfs/daemon.json`: who serves the mount, and by which way the kernel's requests reach him.
+pub fn daemon_info(image: &Path, way: Option<&str>) -> Vec<u8> {
     lines(&json!({
         "pid": std::process::id(),
         "version": env!("CARGO_PKG_VERSION"),
         "image": image.display().to_string(),
+        "requests": way,
     }))
 }
 

@@ -1,83 +1,39 @@
-//! The kernel's requests in terms of [`Tree`]: decode, call, reply. Nothing is decided here.
+//! The kernel's requests by way of `fuser`: decode, call, reply. Nothing is decided here.
 
 use std::cell::RefCell;
-use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::io;
-use std::num::NonZeroUsize;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
-use std::time::{Duration, SystemTime};
+use std::sync::Arc;
+use std::time::SystemTime;
 
 use fuser::{
     BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
-    INodeNo, InitFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr,
-    ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen,
-    ReplyStatfs, ReplyWrite, Request, TimeOrNow, WriteFlags,
+    INodeNo, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData,
+    ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite,
+    Request, TimeOrNow, WriteFlags,
 };
 
 use super::crew::Crew;
 use super::inode::Inode;
-use super::tree::{Attributes, Caching, Entry, Handle, Kind, Lifetime, OpenFor, PastEnd, Tree};
-use crate::error::Result;
+use super::service::{
+    BLOCK_SIZE, MAX_BACKGROUND, MAX_NAME, MAX_REQUEST, Service, WANTED, links, ttl,
+};
+use super::tree::{Attributes, Handle, Kind};
+use crate::processors;
 
-/// Bytes in one request at most; the kernel's own limit is the same.
-const MAX_REQUEST: u32 = 1 << 20;
 /// A read of so many bytes is cheaper without copying, though mapping them costs something, too.
 const WORTH_MAPPING: u32 = 64 << 10;
-/// Requests that the kernel may have under way in the background: readahead, direct I/O in parts.
-const MAX_BACKGROUND: u16 = 256;
-/// What the block sizes of `stat` and `statfs` are; loop devices take the latter as discard granularity.
-const BLOCK_SIZE: u32 = 4096;
-/// How long the kernel may believe what never changes.
-const FOREVER: Duration = Duration::from_secs(86400);
-/// How long it may believe what changes with a write.
-const MOMENT: Duration = Duration::ZERO;
 
-/// A tree as a FUSE file system.
+/// A service as a FUSE file system.
 pub(super) struct Fuse {
-    tree: Arc<Tree>,
-    /// What open directories list, as of when they were opened.
-    listings: RwLock<HashMap<u64, Arc<Vec<Entry>>>>,
-    next_listing: AtomicU64,
+    service: Arc<Service>,
     crew: Crew,
 }
 
 impl Fuse {
-    pub fn new(tree: Arc<Tree>) -> Self {
-        let processors = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
-        Self {
-            tree,
-            listings: RwLock::default(),
-            next_listing: AtomicU64::new(0),
-            crew: Crew::new(processors),
-        }
-    }
-
-    /// Calls `f`, with errors as the numbers that the kernel wants. A panic is a bug that must cost a request its
-    /// answer, not the mount its threads.
-    fn answer<T>(
-        &self,
-        operation: &str,
-        inode: INodeNo,
-        f: impl FnOnce(&Tree) -> Result<T>,
-    ) -> std::result::Result<T, Errno> {
-        let result = catch_unwind(AssertUnwindSafe(|| f(&self.tree)));
-        let Ok(result) = result else {
-            log::error!("{operation} of inode {inode:?} ran into a bug");
-            return Err(Errno::EIO);
-        };
-        result.map_err(|error| {
-            let number = error.errno();
-            if number == libc::EIO {
-                log::error!("{operation}: {error}");
-            } else {
-                log::debug!("{operation}: {error}");
-            }
-            Errno::from_i32(number)
-        })
+    pub fn new(service: Arc<Service>) -> Self {
+        Self { service, crew: Crew::new(processors::usable()) }
     }
 }
 
@@ -86,7 +42,7 @@ macro_rules! reply {
     ($reply:ident, $result:expr, $value:pat => $answer:expr) => {
         match $result {
             Ok($value) => $answer,
-            Err(errno) => $reply.error(errno),
+            Err(errno) => $reply.error(Errno::from_i32(errno as i32)),
         }
     };
 }
@@ -101,12 +57,7 @@ impl Filesystem for Fuse {
                 log::debug!("the kernel takes {what} up to {nearest} only");
             }
         }
-        for wanted in [
-            InitFlags::FUSE_ASYNC_DIO,
-            InitFlags::FUSE_PARALLEL_DIROPS,
-            InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP,
-            InitFlags::FUSE_CACHE_SYMLINKS,
-        ] {
+        for wanted in WANTED.iter() {
             if let Err(missing) = config.add_capabilities(wanted) {
                 log::debug!("the kernel lacks {missing:?}");
             }
@@ -115,7 +66,7 @@ impl Filesystem for Fuse {
     }
 
     fn lookup(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        let found = self.answer("lookup", parent, |tree| tree.lookup(Inode(parent.0), name));
+        let found = self.service.lookup(Inode(parent.0), name);
         reply!(reply, found, attributes => {
             let ttl = ttl(&attributes);
             reply.entry(&ttl, &file_attr(&attributes), Generation(0));
@@ -129,7 +80,7 @@ impl Filesystem for Fuse {
         _handle: Option<FileHandle>,
         reply: ReplyAttr,
     ) {
-        let found = self.answer("getattr", inode, |tree| tree.attributes(Inode(inode.0)));
+        let found = self.service.attributes(Inode(inode.0));
         reply!(reply, found, attributes => reply.attr(&ttl(&attributes), &file_attr(&attributes)));
     }
 
@@ -156,36 +107,24 @@ impl Filesystem for Fuse {
             log::debug!("setattr of {inode:?}: mode {mode:?}, times {atime:?} {mtime:?}");
             return reply.error(Errno::EPERM);
         };
-        let resized = self.answer("resize", inode, |tree| tree.resize(Inode(inode.0), size));
+        let resized = self.service.resize(Inode(inode.0), size);
         reply!(reply, resized, attributes => reply.attr(&ttl(&attributes), &file_attr(&attributes)));
     }
 
     fn readlink(&self, _request: &Request, inode: INodeNo, reply: ReplyData) {
-        let found = self.answer("readlink", inode, |tree| tree.link_target(Inode(inode.0)));
+        let found = self.service.link_target(Inode(inode.0));
         reply!(reply, found, target => reply.data(target.as_os_str().as_encoded_bytes()));
     }
 
     fn open(&self, _request: &Request, inode: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        let purpose = match flags.acc_mode() {
-            OpenAccMode::O_RDONLY => OpenFor::Reading,
-            OpenAccMode::O_WRONLY | OpenAccMode::O_RDWR => OpenFor::Writing,
-        };
-        let opened = self.answer("open", inode, |tree| tree.open(Inode(inode.0), purpose));
-        reply!(reply, opened, (handle, caching) => {
-            let flags = match caching {
-                Caching::Everything => FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH,
-                Caching::Nothing => {
-                    FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES
-                }
-            };
-            reply.opened(FileHandle(handle.0), flags);
-        });
+        let opened = self.service.open(Inode(inode.0), flags.0);
+        reply!(reply, opened, (handle, flags) => reply.opened(FileHandle(handle.0), flags));
     }
 
     fn read(
         &self,
         _request: &Request,
-        inode: INodeNo,
+        _inode: INodeNo,
         handle: FileHandle,
         offset: u64,
         size: u32,
@@ -195,7 +134,7 @@ impl Filesystem for Fuse {
     ) {
         let _turn = self.crew.turn(size.into());
         if size >= WORTH_MAPPING
-            && let Some(run) = self.tree.mapped(Handle(handle.0), offset, size.into())
+            && let Some(run) = self.service.mapped(Handle(handle.0), offset, size.into())
         {
             return reply.data(run.bytes());
         }
@@ -208,8 +147,7 @@ impl Filesystem for Fuse {
                 buffer.resize(size, 0);
             }
             let buffer = &mut buffer[..size];
-            let read =
-                self.answer("read", inode, |tree| tree.read(Handle(handle.0), offset, buffer));
+            let read = self.service.read(Handle(handle.0), offset, buffer);
             reply!(reply, read, len => reply.data(&buffer[..len]));
         });
     }
@@ -217,7 +155,7 @@ impl Filesystem for Fuse {
     fn write(
         &self,
         _request: &Request,
-        inode: INodeNo,
+        _inode: INodeNo,
         handle: FileHandle,
         offset: u64,
         data: &[u8],
@@ -227,15 +165,8 @@ impl Filesystem for Fuse {
         reply: ReplyWrite,
     ) {
         let _turn = self.crew.turn(data.len() as u64);
-        let written = self.answer("write", inode, |tree| {
-            let len = tree.write(Handle(handle.0), offset, data)?;
-            // The bit of O_DSYNC is part of O_SYNC, too.
-            if flags.0 & libc::O_DSYNC != 0 {
-                tree.sync_file(Handle(handle.0))?;
-            }
-            Ok(len)
-        });
-        reply!(reply, written, len => reply.written(len as u32));
+        let written = self.service.write(Handle(handle.0), offset, data, flags.0);
+        reply!(reply, written, len => reply.written(len));
     }
 
     fn flush(
@@ -260,29 +191,26 @@ impl Filesystem for Fuse {
         _flush: bool,
         reply: ReplyEmpty,
     ) {
-        self.tree.close(Handle(handle.0));
+        self.service.close(Handle(handle.0));
         reply.ok();
     }
 
     fn fsync(
         &self,
         _request: &Request,
-        inode: INodeNo,
+        _inode: INodeNo,
         handle: FileHandle,
         _datasync: bool,
         reply: ReplyEmpty,
     ) {
         let _turn = self.crew.turn(0);
-        let synced = self.answer("fsync", inode, |tree| tree.sync_file(Handle(handle.0)));
+        let synced = self.service.sync(Handle(handle.0));
         reply!(reply, synced, () => reply.ok());
     }
 
     fn opendir(&self, _request: &Request, inode: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        let listed = self.answer("opendir", inode, |tree| tree.list(Inode(inode.0)));
-        reply!(reply, listed, entries => {
-            let number = self.next_listing.fetch_add(1, Ordering::Relaxed);
-            let mut listings = self.listings.write().unwrap_or_else(PoisonError::into_inner);
-            listings.insert(number, Arc::new(entries));
+        let opened = self.service.open_directory(Inode(inode.0));
+        reply!(reply, opened, number => {
             reply.opened(FileHandle(number), FopenFlags::empty());
         });
     }
@@ -295,10 +223,10 @@ impl Filesystem for Fuse {
         offset: u64,
         mut reply: ReplyDirectory,
     ) {
-        let listings = self.listings.read().unwrap_or_else(PoisonError::into_inner);
-        let listing = listings.get(&handle.0).cloned();
-        drop(listings);
-        let Some(listing) = listing else { return reply.error(Errno::EBADF) };
+        let listing = match self.service.listing(handle.0) {
+            Ok(listing) => listing,
+            Err(errno) => return reply.error(Errno::from_i32(errno as i32)),
+        };
         for (index, entry) in listing.iter().enumerate().skip(offset as usize) {
             let kind = file_type(entry.kind);
             if reply.add(INodeNo(entry.inode.0), index as u64 + 1, kind, &entry.name) {
@@ -316,75 +244,53 @@ impl Filesystem for Fuse {
         _flags: OpenFlags,
         reply: ReplyEmpty,
     ) {
-        let mut listings = self.listings.write().unwrap_or_else(PoisonError::into_inner);
-        listings.remove(&handle.0);
+        self.service.close_directory(handle.0);
         reply.ok();
     }
 
     fn fsyncdir(
         &self,
         _request: &Request,
-        inode: INodeNo,
+        _inode: INodeNo,
         _handle: FileHandle,
         _datasync: bool,
         reply: ReplyEmpty,
     ) {
-        let synced = self.answer("fsyncdir", inode, |tree| tree.sync());
+        let synced = self.service.sync_all();
         reply!(reply, synced, () => reply.ok());
     }
 
     fn statfs(&self, _request: &Request, _inode: INodeNo, reply: ReplyStatfs) {
-        let statistics = self.tree.statistics();
+        let statistics = self.service.statistics();
         let blocks = statistics.size.div_ceil(u64::from(BLOCK_SIZE));
-        reply.statfs(blocks, 0, 0, statistics.files, 0, BLOCK_SIZE, 255, BLOCK_SIZE);
+        reply.statfs(blocks, 0, 0, statistics.files, 0, BLOCK_SIZE, MAX_NAME, BLOCK_SIZE);
     }
 
     fn fallocate(
         &self,
         _request: &Request,
-        inode: INodeNo,
+        _inode: INodeNo,
         handle: FileHandle,
         offset: u64,
         length: u64,
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        let done = self.answer("fallocate", inode, |tree| {
-            let handle = Handle(handle.0);
-            let past_end = match mode & libc::FALLOC_FL_KEEP_SIZE {
-                0 => PastEnd::Refuse,
-                _ => PastEnd::Ignore,
-            };
-            match mode & !libc::FALLOC_FL_KEEP_SIZE {
-                libc::FALLOC_FL_PUNCH_HOLE => tree.discard(handle, offset, length).map(Some),
-                libc::FALLOC_FL_ZERO_RANGE => tree.zero(handle, offset, length, past_end).map(Some),
-                _ => Ok(None),
-            }
-        });
-        reply!(reply, done, done => match done {
-            Some(()) => reply.ok(),
-            None => reply.error(Errno::EOPNOTSUPP),
-        });
+        let done = self.service.fallocate(Handle(handle.0), offset, length, mode);
+        reply!(reply, done, () => reply.ok());
     }
 
     fn lseek(
         &self,
         _request: &Request,
-        inode: INodeNo,
+        _inode: INodeNo,
         handle: FileHandle,
         offset: i64,
         whence: i32,
         reply: ReplyLseek,
     ) {
-        let Ok(offset) = u64::try_from(offset) else { return reply.error(Errno::ENXIO) };
-        let found = self.answer("lseek", inode, |tree| match whence {
-            libc::SEEK_DATA => tree.seek_data(Handle(handle.0), offset),
-            _ => tree.seek_hole(Handle(handle.0), offset),
-        });
-        reply!(reply, found, found => match found {
-            Some(found) => reply.offset(found.cast_signed()),
-            None => reply.error(Errno::ENXIO),
-        });
+        let found = self.service.seek(Handle(handle.0), offset, whence);
+        reply!(reply, found, found => reply.offset(found));
     }
 
     // Names are made by snapshots and overlays, not by those who use the files. To a read-only mount the kernel
@@ -485,13 +391,6 @@ impl Filesystem for Fuse {
     }
 }
 
-fn ttl(attributes: &Attributes) -> Duration {
-    match attributes.lifetime {
-        Lifetime::Forever => FOREVER,
-        Lifetime::Moment => MOMENT,
-    }
-}
-
 fn file_type(kind: Kind) -> FileType {
     match kind {
         Kind::Directory => FileType::Directory,
@@ -511,7 +410,7 @@ fn file_attr(attributes: &Attributes) -> FileAttr {
         crtime: attributes.time,
         kind: file_type(attributes.kind),
         perm: attributes.mode,
-        nlink: if attributes.kind == Kind::Directory { 2 } else { 1 },
+        nlink: links(attributes),
         uid: attributes.uid,
         gid: attributes.gid,
         rdev: 0,

@@ -14,18 +14,22 @@ mod mount_table;
 mod names;
 mod partitions;
 mod quiesce;
+mod ring;
+mod service;
 mod session;
 mod stacked;
 mod state;
+mod transport;
 mod tree;
 mod twin;
 mod view_files;
 
-pub use attach::{Audience, Detach, MountFlag, detach};
+pub use attach::{Audience, Detach, MountFlag, detach, is_dead};
 pub use inode::Inode;
 pub use mount_table::{MountEntry, our_mount, our_mounts};
 pub use session::{MountOptions, Session, Stop};
 pub use state::{control_socket, open_process, server};
+pub use transport::Way;
 pub use tree::{
     Attributes, BesideWriter, Caching, Changed, DiscardMode, Entry, Growth, Handle, Kind, Layout,
     Lifetime, OpenFor, Outdated, Ownership, PastEnd, STILL_DISK, Statistics, Tree, TreeOptions,

@@ -1,6 +1,5 @@
 //! A mount from its beginning to its end.
 
-use std::fs::OpenOptions;
 use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -10,13 +9,12 @@ use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use fuser::{Config, INodeNo, SessionACL};
-
 use super::attach::{AttachOptions, Audience, Detach, MountFlag, attach, detach, layout_at};
-use super::fuse::Fuse;
 use super::live::Live;
 use super::mount_table::{MountEntry, our_mount};
+use super::service::Service;
 use super::state::State;
+use super::transport::{Notifier, Transport, Way};
 use super::tree::{Layout, Outdated, Tree, TreeOptions};
 use crate::chain::{Chain, View};
 use crate::control::Server;
@@ -38,13 +36,15 @@ pub struct MountOptions {
     pub audience: Audience,
     /// Flags for the kernel.
     pub flags: Vec<MountFlag>,
-    /// Threads that answer requests, at least 1.
-    pub threads: usize,
+    /// Threads that answer requests, at least 1; by default as many as are good for the way the requests come.
+    pub threads: Option<usize>,
+    /// By which way the requests come.
+    pub way: Way,
 }
 
 /// A mount that answers.
 pub struct Session {
-    fuse: fuser::Session<Fuse>,
+    transport: Transport,
     tree: Arc<Tree>,
     mountpoint: PathBuf,
     /// Which mount is ours: another may be at the same place when this one ends.
@@ -90,19 +90,17 @@ impl Session {
                 flags: options.flags.clone(),
             },
         )?;
-        let mut config = Config::default();
-        config.n_threads = Some(options.threads);
-        config.clone_fd = may_clone();
-        // The kernel itself keeps out whom it should; a loop device's requests come from root.
-        let fuse =
-            fuser::Session::from_fd(Fuse::new(tree.clone()), connection, SessionACL::All, config);
-        match fuse.doing("talk to the kernel's FUSE").at(&options.mountpoint) {
-            Ok(fuse) => {
+        let service = Arc::new(Service::new(tree.clone()));
+        match Transport::start(service, connection, options.way, options.threads)
+            .at(&options.mountpoint)
+        {
+            Ok(transport) => {
+                tree.set_way(transport.way());
                 let mountpoint = options.mountpoint.clone();
                 let mount = our_mount(&mountpoint);
                 let state = mount.as_ref().and_then(publish_state);
                 let control = state.as_ref().and_then(|state| {
-                    let notifier = fuse.notifier();
+                    let notifier = transport.notifier();
                     let place = mount.as_ref().map_or(&mountpoint, |mount| &mount.mountpoint);
                     let forget = move |outdated: &Outdated| forget(&notifier, outdated);
                     let live = Live::new(tree.clone(), place.clone(), forget);
@@ -110,7 +108,7 @@ impl Session {
                     tree.set_control_socket(state.socket());
                     Some(server)
                 });
-                Ok(Self { fuse, tree, mountpoint, mount, control, _state: state })
+                Ok(Self { transport, tree, mountpoint, mount, control, _state: state })
             }
             Err(error) => {
                 // Nobody will answer there: a mount left behind would hang whoever touches it.
@@ -138,7 +136,7 @@ impl Session {
     /// A connection that breaks; changes that could not be made durable.
     pub fn run(self) -> Result<()> {
         let write_back = WriteBack::start(self.tree.clone())?;
-        let served = self.fuse.run().doing("answer the kernel's FUSE").at(&self.mountpoint);
+        let served = self.transport.run().doing("answer the kernel's FUSE").at(&self.mountpoint);
         // What a client began is done before the image is closed, and nothing begins after.
         drop(self.control);
         write_back.finish();
@@ -236,11 +234,8 @@ fn listen(socket: &Path, live: Live) -> Option<Server> {
 }
 
 /// Tells the kernel what it can't rely on any more.
-fn forget(notifier: &fuser::Notifier, outdated: &Outdated) {
-    let told = match outdated {
-        Outdated::Name { parent, name } => notifier.inval_entry(INodeNo(parent.0), name.as_ref()),
-        Outdated::Content(inode) => notifier.inval_inode(INodeNo(inode.0), 0, 0),
-    };
+fn forget(notifier: &Notifier, outdated: &Outdated) {
+    let told = notifier.forget(outdated);
     // What it does not know it need not forget.
     if let Err(error) = told
         && error.kind() != ErrorKind::NotFound
@@ -258,9 +253,4 @@ fn publish_state(mount: &MountEntry) -> Option<State> {
             None
         }
     }
-}
-
-/// Whether each thread can have a connection of its own to the kernel's queue: that takes access to the device.
-fn may_clone() -> bool {
-    OpenOptions::new().read(true).write(true).open(Path::new("/dev/fuse")).is_ok()
 }

@@ -10,6 +10,7 @@ mod mapping;
 pub(crate) mod memory;
 mod new_file;
 mod reflink;
+mod request_ring;
 mod temporary;
 mod write_behind;
 
@@ -19,6 +20,7 @@ pub use lock::{LockMode, holders};
 pub use mapping::MappedRun;
 pub use new_file::NewFile;
 pub use reflink::cannot_share;
+pub use request_ring::{Request, RequestHeader, RequestRing};
 pub use temporary::TemporaryDirectory;
 
 use std::io;

@@ -43,6 +43,7 @@ mod policy;
 mod preserved;
 mod reading;
 mod refusals;
+mod requests;
 mod reverse;
 mod revert;
 mod scratch;

@@ -47,6 +47,7 @@ impl Tree {
             handles: Handles::default(),
             writes: AtomicU64::new(0),
             control_socket: OnceLock::new(),
+            way: OnceLock::new(),
         })
     }
 }

@@ -43,6 +43,8 @@ pub struct Tree {
     /// Counts writes to the active layer.
     writes: AtomicU64,
     control_socket: OnceLock<PathBuf>,
+    /// By which way the kernel's requests come, in a word.
+    way: OnceLock<&'static str>,
 }
 
 /// How a tree looks to its users.
@@ -270,6 +272,11 @@ impl Tree {
         let _ = self.control_socket.set(socket);
     }
 
+    /// Says by which way requests come. That, too, is known late.
+    pub fn set_way(&self, way: &'static str) {
+        let _ = self.way.set(way);
+    }
+
     fn control_socket(&self) -> Result<&Path> {
         let socket = self.control_socket.get();
         socket.map(PathBuf::as_path).ok_or_else(|| Error::new(Problem::NotFound))
@@ -317,7 +324,9 @@ impl Tree {
         match document {
             Document::ViewInfo => documents::view_info(&shape.views[view], self.image(shape)),
             Document::Chain => Ok(documents::chain_info(&shape.chain, self.options.first_member)),
-            Document::Daemon => Ok(documents::daemon_info(self.image(shape))),
+            Document::Daemon => {
+                Ok(documents::daemon_info(self.image(shape), self.way.get().copied()))
+            }
             Document::Version => Ok(documents::version()),
         }
     }
