@@ -1,6 +1,6 @@
 //! The ways by which the kernel's requests come.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -43,17 +43,18 @@ impl Transport {
     /// A kernel that speaks otherwise.
     pub fn start(
         service: Arc<Service>,
-        mut connection: OwnedFd,
+        connection: OwnedFd,
         way: Way,
         threads: Option<usize>,
     ) -> Result<Self> {
         let action = "talk to the kernel's FUSE";
-        if way == Way::Best {
-            match RingSession::start(service.clone(), connection, threads).doing(action)? {
-                Ok(ring) => return Ok(Self::Ring(ring)),
-                Err(unused) => connection = unused,
-            }
+        let device = Arc::new(File::from(connection));
+        if way == Way::Best
+            && let Some(places) = ring::places(&device, threads)
+        {
+            return RingSession::start(service, device, places).map(Self::Ring).doing(action);
         }
+        let connection = Arc::into_inner(device).expect("nobody else has it").into();
         let mut config = Config::default();
         config.n_threads = Some(threads.unwrap_or_else(threads_by_device));
         config.clone_fd = may_clone();

@@ -12,7 +12,6 @@ mod wire;
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, IoSlice, Read, Write};
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
@@ -40,44 +39,41 @@ const MAX_PAGES: u16 = (MAX_REQUEST / 4096) as u16;
 pub(super) struct RingSession {
     device: Arc<File>,
     service: Arc<Service>,
-    /// One for each thread, by the processor that it is for.
-    places: Vec<(u16, RequestRing)>,
+    places: Vec<Place>,
+}
+
+/// A place in a queue, for one thread.
+pub(super) struct Place {
+    queue: u16,
+    ring: RequestRing,
 }
 
 /// Tells the kernel something unasked.
 pub(super) struct Notifier(Arc<File>);
 
+/// Places for at most `threads` threads, as far as each processor has one; `None` where this machine doesn't have this way.
+///
+/// The kernel serves nobody before each queue has a place: what can fail does so here, before it is told of any.
+pub(super) fn places(device: &Arc<File>, threads: Option<usize>) -> Option<Vec<Place>> {
+    let queues = processors::possible().filter(|_| is_enabled())?;
+    let each = threads_a_queue(queues, threads);
+    let numbers = (0..queues).flat_map(|queue| std::iter::repeat_n(queue, each));
+    let place = |queue| {
+        let ring = RequestRing::new(device.clone(), queue, MAX_REQUEST as usize)?;
+        Ok(Place { queue, ring })
+    };
+    let places: io::Result<_> = numbers.map(place).collect();
+    places.inspect_err(|error| log::info!("no FUSE over io_uring: {error}")).ok()
+}
+
 impl RingSession {
-    /// Answers the kernel's first request on `connection`, which nobody has done yet, with at most `threads` threads to come.
-    /// Where this machine doesn't have this way, the connection is given back as it was.
+    /// Answers the kernel's first request on `device`, whose places these are.
     ///
     /// # Errors
     /// A kernel whose protocol is another.
-    pub fn start(
-        service: Arc<Service>,
-        connection: OwnedFd,
-        threads: Option<usize>,
-    ) -> io::Result<std::result::Result<Self, OwnedFd>> {
-        let Some(queues) = processors::possible().filter(|_| is_enabled()) else {
-            return Ok(Err(connection));
-        };
-        let device = Arc::new(File::from(connection));
-        let each = threads_a_queue(queues, threads);
-        // The kernel serves nobody before each queue has a place: all that can fail comes before it is told of any.
-        let numbers = (0..queues).flat_map(|queue| std::iter::repeat_n(queue, each));
-        let place =
-            |queue| Ok((queue, RequestRing::new(device.clone(), queue, MAX_REQUEST as usize)?));
-        match numbers.map(place).collect::<io::Result<Vec<_>>>() {
-            Ok(places) => {
-                shake_hands(&device)?;
-                Ok(Ok(Self { device, service, places }))
-            }
-            Err(error) => {
-                log::info!("no FUSE over io_uring: {error}");
-                let connection = Arc::into_inner(device).expect("the places are gone");
-                Ok(Err(connection.into()))
-            }
-        }
+    pub fn start(service: Arc<Service>, device: Arc<File>, places: Vec<Place>) -> io::Result<Self> {
+        shake_hands(&device)?;
+        Ok(Self { device, service, places })
     }
 
     /// A way to tell the kernel something.
@@ -90,9 +86,9 @@ impl RingSession {
     /// # Errors
     /// A connection that breaks; no threads.
     pub fn run(self) -> io::Result<()> {
-        let start = |(queue, place): (u16, RequestRing)| {
+        let start = |Place { queue, ring }| {
             let (device, service) = (self.device.clone(), self.service.clone());
-            let work = move || serve_place(place, &service, &device);
+            let work = move || serve_place(ring, &service, &device);
             thread::Builder::new().name(format!("fuse-{queue}")).spawn(work)
         };
         let places = self.places.into_iter();

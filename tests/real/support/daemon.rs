@@ -21,7 +21,7 @@ pub enum Cache {
 
 /// The daemon, with a connection to its disk.
 pub struct Daemon {
-    child: Child,
+    process: Process,
     monitor: Monitor,
     disk: UnixStream,
     _directory: TempDir,
@@ -61,16 +61,17 @@ impl Daemon {
             "--export",
             "nbd,id=nbd,node-name=disk,name=disk,writable=on",
         ]);
-        let mut child = start(command.stdin(Stdio::piped()).stdout(Stdio::piped()));
+        let child = start(command.stdin(Stdio::piped()).stdout(Stdio::piped()));
+        let mut process = Process(child);
         // It obeys when all that its arguments ask for is there: its socket is there before somebody listens.
-        let monitor = Monitor::of(&mut child);
+        let monitor = Monitor::of(&mut process.0);
         let disk = connect(&socket);
-        Self { child, monitor, disk, _directory: directory }
+        Self { process, monitor, disk, _directory: directory }
     }
 
     /// The id of the process.
     pub fn pid(&self) -> u32 {
-        self.child.id()
+        self.process.0.id()
     }
 
     /// Makes an internal snapshot.
@@ -124,16 +125,18 @@ impl Daemon {
     #[track_caller]
     pub fn quit(mut self) {
         self.monitor.execute("quit", json!({}));
-        let ended = self.child.wait().expect("wait for the daemon");
+        let ended = self.process.0.wait().expect("wait for the daemon");
         assert!(ended.success(), "{ended}");
     }
 }
 
-impl Drop for Daemon {
+/// A process that ends with this value, also where nobody could be connected to it.
+struct Process(Child);
+
+impl Drop for Process {
     fn drop(&mut self) {
-        self.monitor.commands.take();
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 
