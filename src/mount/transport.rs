@@ -1,8 +1,8 @@
 //! The ways by which the kernel's requests come.
 
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use fuser::{Config, INodeNo, SessionACL};
@@ -48,16 +48,15 @@ impl Transport {
         threads: Option<usize>,
     ) -> Result<Self> {
         let action = "talk to the kernel's FUSE";
-        let device = Arc::new(File::from(connection));
         if way == Way::Best
-            && let Some(places) = ring::places(&device, threads)
+            && let Some(ring) = RingSession::prepare(&service, connection.as_fd(), threads)
         {
-            return RingSession::start(service, device, places).map(Self::Ring).doing(action);
+            return ring.begin().map(|()| Self::Ring(ring)).doing(action);
         }
-        let connection = Arc::into_inner(device).expect("nobody else has it").into();
         let mut config = Config::default();
-        config.n_threads = Some(threads.unwrap_or_else(threads_by_device));
-        config.clone_fd = may_clone();
+        let threads = threads.unwrap_or_else(threads_by_device);
+        config.n_threads = Some(threads);
+        config.clone_fd = may_clone(threads);
         // The kernel itself keeps out whom it should; a loop device's requests come from root.
         let fuse = Fuse::new(service);
         let session = fuser::Session::from_fd(fuse, connection, SessionACL::All, config);
@@ -115,7 +114,9 @@ fn threads_by_device() -> usize {
     (processors::usable() * 2).clamp(4, 16)
 }
 
-/// Whether each thread can have a connection of its own to the kernel's queue: that takes access to the device.
-fn may_clone() -> bool {
-    OpenOptions::new().read(true).write(true).open("/dev/fuse").is_ok()
+/// Whether each of so many threads can have a connection of its own to the kernel's queue: that takes access to the device, and
+/// room for that many descriptors.
+fn may_clone(threads: usize) -> bool {
+    let open = |_| OpenOptions::new().read(true).write(true).open("/dev/fuse");
+    (0..threads).map(open).collect::<io::Result<Vec<_>>>().is_ok()
 }

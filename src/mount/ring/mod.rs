@@ -12,7 +12,9 @@ mod wire;
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, IoSlice, Read, Write};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::sync::mpsc::{self, Sender};
 use std::thread::{self, JoinHandle};
 
 use fuser::InitFlags;
@@ -39,41 +41,47 @@ const MAX_PAGES: u16 = (MAX_REQUEST / 4096) as u16;
 pub(super) struct RingSession {
     device: Arc<File>,
     service: Arc<Service>,
-    places: Vec<Place>,
+    servants: Vec<Servant>,
 }
 
-/// A place in a queue, for one thread.
-pub(super) struct Place {
-    queue: u16,
-    ring: RequestRing,
+/// A thread with a place in a queue, which it takes when it is told to begin. If nobody will tell it, it ends.
+struct Servant {
+    begin: Sender<()>,
+    thread: JoinHandle<io::Result<()>>,
 }
 
 /// Tells the kernel something unasked.
 pub(super) struct Notifier(Arc<File>);
 
-/// Places for at most `threads` threads, as far as each processor has one; `None` where this machine doesn't have this way.
-///
-/// The kernel serves nobody before each queue has a place: what can fail does so here, before it is told of any.
-pub(super) fn places(device: &Arc<File>, threads: Option<usize>) -> Option<Vec<Place>> {
-    let queues = processors::possible().filter(|_| is_enabled())?;
-    let each = threads_a_queue(queues, threads);
-    let numbers = (0..queues).flat_map(|queue| std::iter::repeat_n(queue, each));
-    let place = |queue| {
-        let ring = RequestRing::new(device.clone(), queue, MAX_REQUEST as usize)?;
-        Ok(Place { queue, ring })
-    };
-    let places: io::Result<_> = numbers.map(place).collect();
-    places.inspect_err(|error| log::info!("no FUSE over io_uring: {error}")).ok()
-}
-
 impl RingSession {
-    /// Answers the kernel's first request on `device`, whose places these are.
+    /// Makes all ready to serve `connection` with at most `threads` threads, as far as each processor has one. Nothing has been
+    /// said to the kernel then. `None` where this machine doesn't have this way.
+    ///
+    /// The kernel serves nobody before each queue has a place: what can fail does so here, before it is told of any.
+    pub fn prepare(
+        service: &Arc<Service>,
+        connection: BorrowedFd<'_>,
+        threads: Option<usize>,
+    ) -> Option<Self> {
+        let queues = processors::possible().filter(|_| is_enabled())?;
+        let each = threads_a_queue(queues, threads);
+        let prepare = || {
+            let device = Arc::new(File::from(connection.try_clone_to_owned()?));
+            let numbers = (0..queues).flat_map(|queue| std::iter::repeat_n(queue, each));
+            let servants = numbers.map(|queue| Servant::hire(queue, service, &device));
+            let servants = servants.collect::<io::Result<_>>()?;
+            Ok(Self { device, service: service.clone(), servants })
+        };
+        let prepared: io::Result<_> = prepare();
+        prepared.inspect_err(|error| log::info!("no FUSE over io_uring: {error}")).ok()
+    }
+
+    /// Answers the kernel's first request.
     ///
     /// # Errors
     /// A kernel whose protocol is another.
-    pub fn start(service: Arc<Service>, device: Arc<File>, places: Vec<Place>) -> io::Result<Self> {
-        shake_hands(&device)?;
-        Ok(Self { device, service, places })
+    pub fn begin(&self) -> io::Result<()> {
+        shake_hands(&self.device)
     }
 
     /// A way to tell the kernel something.
@@ -84,21 +92,32 @@ impl RingSession {
     /// Answers requests until the mount is gone.
     ///
     /// # Errors
-    /// A connection that breaks; no threads.
+    /// A connection that breaks.
     pub fn run(self) -> io::Result<()> {
-        let start = |Place { queue, ring }| {
-            let (device, service) = (self.device.clone(), self.service.clone());
-            let work = move || serve_place(ring, &service, &device);
-            thread::Builder::new().name(format!("fuse-{queue}")).spawn(work)
-        };
-        let places = self.places.into_iter();
-        let threads = places.map(start).collect::<io::Result<Vec<JoinHandle<_>>>>()?;
+        for servant in &self.servants {
+            // One that is not there any more has run into a bug, which joining it tells.
+            let _ = servant.begin.send(());
+        }
         let mut served = serve_device(&self.service, &self.device);
-        for thread in threads {
+        for Servant { thread, .. } in self.servants {
             let ended = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
             served = served.and(ended);
         }
         served
+    }
+}
+
+impl Servant {
+    fn hire(queue: u16, service: &Arc<Service>, device: &Arc<File>) -> io::Result<Self> {
+        let place = RequestRing::new(device.clone(), queue, MAX_REQUEST as usize)?;
+        let (service, device) = (service.clone(), device.clone());
+        let (begin, begun) = mpsc::channel();
+        let work = move || match begun.recv() {
+            Ok(()) => serve_place(place, &service, &device),
+            Err(_) => Ok(()),
+        };
+        let thread = thread::Builder::new().name(format!("fuse-{queue}")).spawn(work)?;
+        Ok(Self { begin, thread })
     }
 }
 
