@@ -126,7 +126,7 @@ impl RequestRing {
         // SAFETY: the entry is the kernel's structure of 128 bytes, and the four at 24 are its `len`, which the library sets
         // for other operations only.
         unsafe { (&raw mut entry).cast::<u32>().byte_add(LEN_IN_ENTRY).write(2) };
-        // SAFETY: the descriptor is open as long as the borrowed file lives. The memory at `places`, and what that tells of,
+        // SAFETY: the descriptor is open as long as `device` is there. The memory at `places`, and what that tells of,
         // stays mapped until it has answered: `drop` sees to that. Nobody here looks at it meanwhile, since `self` is borrowed.
         let pushed = unsafe { self.ring.submission().push(&entry) };
         pushed.map_err(|_| io::Error::from(io::ErrorKind::ResourceBusy))?;
