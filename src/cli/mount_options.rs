@@ -35,7 +35,8 @@ pub const HELP: &str = "Mount options, separated by commas:\n\
      secret=FILE               key of encrypted images; or env:VARIABLE, or\n\
      \u{20}                         cred:NAME for a systemd credential\n\
      secret[M]=FILE            key of the member of index or file name M\n\
-     threads=N                 threads that answer requests\n\
+     threads=N                 threads that answer requests; over io_uring at\n\
+     \u{20}                         least one for each processor\n\
      io_uring=auto|off         let requests come over io_uring where the kernel\n\
      \u{20}                         offers it (default); never\n\
      noexec, noatime           as in mount(8), whose other options are\n\
