@@ -73,7 +73,9 @@ impl RingSession {
             Ok(Self { device, service: service.clone(), servants })
         };
         let prepared: io::Result<_> = prepare();
-        prepared.inspect_err(|error| log::info!("no FUSE over io_uring: {error}")).ok()
+        prepared
+            .inspect_err(|error| log::warn!("going on without FUSE over io_uring: {error}"))
+            .ok()
     }
 
     /// Answers the kernel's first request.
