@@ -191,8 +191,8 @@ impl Filesystem for Fuse {
         _flush: bool,
         reply: ReplyEmpty,
     ) {
-        self.service.close(Handle(handle.0));
-        reply.ok();
+        let closed = self.service.close(Handle(handle.0));
+        reply!(reply, closed, () => reply.ok());
     }
 
     fn fsync(
@@ -261,9 +261,11 @@ impl Filesystem for Fuse {
     }
 
     fn statfs(&self, _request: &Request, _inode: INodeNo, reply: ReplyStatfs) {
-        let statistics = self.service.statistics();
-        let blocks = statistics.size.div_ceil(u64::from(BLOCK_SIZE));
-        reply.statfs(blocks, 0, 0, statistics.files, 0, BLOCK_SIZE, MAX_NAME, BLOCK_SIZE);
+        let found = self.service.statistics();
+        reply!(reply, found, found => {
+            let blocks = found.size.div_ceil(u64::from(BLOCK_SIZE));
+            reply.statfs(blocks, 0, 0, found.files, 0, BLOCK_SIZE, MAX_NAME, BLOCK_SIZE);
+        });
     }
 
     fn fallocate(

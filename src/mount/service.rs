@@ -44,6 +44,7 @@ pub(super) type Answer<T> = std::result::Result<T, Errno>;
 
 /// A tree at the kernel's service.
 pub(super) struct Service {
+    /// Asked through [`Service::answer`] only.
     tree: Arc<Tree>,
     /// What open directories list, as of when they were opened.
     listings: RwLock<HashMap<u64, Arc<Vec<Entry>>>>,
@@ -111,13 +112,16 @@ impl Service {
         Ok((handle, flags))
     }
 
-    pub fn close(&self, handle: Handle) {
-        self.tree.close(handle);
+    pub fn close(&self, handle: Handle) -> Answer<()> {
+        self.answer("release", handle.0, |tree| {
+            tree.close(handle);
+            Ok(())
+        })
     }
 
     /// The bytes themselves, where they can be had without reading.
     pub fn mapped(&self, handle: Handle, offset: u64, len: u64) -> Option<MappedRun> {
-        self.tree.mapped(handle, offset, len)
+        self.answer("read", handle.0, |tree| Ok(tree.mapped(handle, offset, len))).ok().flatten()
     }
 
     /// Answers how many bytes it has read to the start of `buffer`.
@@ -165,8 +169,8 @@ impl Service {
     }
 
     /// Bytes and files of the file system.
-    pub fn statistics(&self) -> Statistics {
-        self.tree.statistics()
+    pub fn statistics(&self) -> Answer<Statistics> {
+        self.answer("statfs", Inode::ROOT.0, |tree| Ok(tree.statistics()))
     }
 
     /// With the mode of `fallocate(2)`.

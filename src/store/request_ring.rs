@@ -10,6 +10,8 @@ use std::io;
 use std::mem::{ManuallyDrop, size_of};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
 
 use io_uring::squeue::Entry128;
 use io_uring::{IoUring, cqueue, opcode, types};
@@ -23,6 +25,9 @@ const PLACES: usize = 2048;
 /// Where `struct io_uring_sqe` says how many pieces of memory `addr` is about.
 const LEN_IN_ENTRY: usize = 24;
 const _: () = assert!(size_of::<Entry128>() == 128);
+
+/// How long to wait when the kernel is short of memory.
+const AFTER_SHORTAGE: Duration = Duration::from_millis(1);
 
 /// `FUSE_IO_URING_CMD_REGISTER`: a new place waits for its first request.
 const REGISTER: u32 = 1;
@@ -133,9 +138,11 @@ impl RequestRing {
         self.under_way = true;
         loop {
             match self.ring.submit_and_wait(1) {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
                 Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // Somebody waits for the answer: where the kernel is short of something, it gets it later.
+                Err(error) if is_shortage(&error) => thread::sleep(AFTER_SHORTAGE),
+                Err(error) => return Err(error),
             }
             let Some(answer) = self.ring.completion().next() else { continue };
             self.under_way = false;
@@ -151,6 +158,11 @@ impl RequestRing {
         let header = RequestHeader::mut_from_prefix(header).map(|(header, _)| header);
         Request { header: header.expect("a page has room for a header and is aligned"), payload }
     }
+}
+
+fn is_shortage(error: &io::Error) -> bool {
+    let shortages = [libc::EAGAIN, libc::EBUSY, libc::ENOMEM];
+    error.raw_os_error().is_some_and(|errno| shortages.contains(&errno))
 }
 
 impl Drop for RequestRing {

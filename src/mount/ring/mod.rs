@@ -18,6 +18,7 @@ use std::sync::mpsc::{self, Sender};
 use std::thread::{self, JoinHandle};
 
 use fuser::InitFlags;
+use rustix::param::page_size;
 use zerocopy::{FromBytes, IntoBytes};
 
 use self::serve::{Asked, serve};
@@ -30,12 +31,10 @@ use super::tree::Outdated;
 use crate::processors;
 use crate::store::{Request, RequestHeader, RequestRing};
 
-/// Threads that are enough on any machine; on a large one fewer of them belong to each processor.
-const MANY_THREADS: usize = 64;
+/// Threads that are many on any machine; on a large one fewer of them belong to each processor.
+const MANY_THREADS: usize = 128;
 /// What the kernel wants to have room for besides a payload when it is asked for a request by the device.
 const REQUEST_ROOM: usize = MAX_REQUEST as usize + 4096;
-/// Pages in one request.
-const MAX_PAGES: u16 = (MAX_REQUEST / 4096) as u16;
 
 /// A connection whose requests come by io_uring.
 pub(super) struct RingSession {
@@ -143,11 +142,12 @@ impl Notifier {
     }
 }
 
-/// How many threads serve each queue. One that waits for a disk does not answer, and whoever comes next on that processor shall
-/// not wait with it. Of those that are free the kernel takes the one that was last at work, so that more cost nothing.
+/// How many threads serve each queue. One that waits for a disk does not answer, and a disk that is far away is fast only if it
+/// is asked for much at once, maybe all from one processor. Of the threads that are free the kernel takes the one that was
+/// last at work, so that more cost little.
 fn threads_a_queue(queues: u16, wanted: Option<usize>) -> usize {
     let queues = usize::from(queues);
-    wanted.map_or((MANY_THREADS / queues).clamp(2, 4), |threads| (threads / queues).max(1))
+    wanted.map_or((MANY_THREADS / queues).clamp(4, 16), |threads| (threads / queues).max(1))
 }
 
 /// Whether the kernel offers this way: who runs the machine decides that.
@@ -183,7 +183,7 @@ fn shake_hands(device: &File) -> io::Result<()> {
         max_background: MAX_BACKGROUND,
         congestion_threshold: MAX_BACKGROUND / 4 * 3,
         max_write: MAX_REQUEST,
-        max_pages: MAX_PAGES,
+        max_pages: (MAX_REQUEST as usize / page_size()) as u16,
         time_gran: 1,
         ..InitOut::default()
     };
@@ -293,10 +293,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_queue_has_a_thread_and_by_default_another_for_when_that_waits() {
-        assert_eq!(threads_a_queue(2, None), 4);
-        assert_eq!(threads_a_queue(24, None), 2);
-        assert_eq!(threads_a_queue(256, None), 2);
+    fn every_queue_has_a_thread_and_by_default_others_for_when_that_waits() {
+        assert_eq!(threads_a_queue(2, None), 16);
+        assert_eq!(threads_a_queue(16, None), 8);
+        assert_eq!(threads_a_queue(256, None), 4);
         assert_eq!(threads_a_queue(2, Some(1)), 1);
         assert_eq!(threads_a_queue(2, Some(16)), 8);
     }

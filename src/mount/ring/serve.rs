@@ -14,7 +14,7 @@ use super::wire::{
 };
 use crate::mount::inode::Inode;
 use crate::mount::service::{Answer, BLOCK_SIZE, MAX_NAME, Service, links, ttl};
-use crate::mount::tree::{Attributes, Entry, Handle, Kind};
+use crate::mount::tree::{Attributes, Entry, Handle, Kind, Statistics};
 
 /// A request without what it moves.
 pub struct Asked<'a> {
@@ -76,7 +76,7 @@ pub fn serve(service: &Service, asked: &Asked<'_>, payload: &mut [u8]) -> Answer
         // Closing a file promises nothing; whoever wants durability calls fsync. There is nothing to forget.
         opcode::FLUSH | opcode::FORGET | opcode::BATCH_FORGET => Ok(0),
         opcode::RELEASE => {
-            service.close(Handle(asked.arguments::<ReleaseIn>()?.fh));
+            service.close(Handle(asked.arguments::<ReleaseIn>()?.fh))?;
             Ok(0)
         }
         opcode::FSYNC => {
@@ -101,7 +101,7 @@ pub fn serve(service: &Service, asked: &Asked<'_>, payload: &mut [u8]) -> Answer
             service.sync_all()?;
             Ok(0)
         }
-        opcode::STATFS => put(payload, &statfs_out(service)),
+        opcode::STATFS => put(payload, &statfs_out(&service.statistics()?)),
         opcode::FALLOCATE => {
             let FallocateIn { fh, offset, length, mode, .. } = *asked.arguments()?;
             service.fallocate(Handle(fh), offset, length, mode.cast_signed())?;
@@ -224,8 +224,7 @@ fn since_epoch(time: SystemTime) -> (u64, u32) {
     }
 }
 
-fn statfs_out(service: &Service) -> StatfsOut {
-    let statistics = service.statistics();
+fn statfs_out(statistics: &Statistics) -> StatfsOut {
     StatfsOut {
         blocks: statistics.size.div_ceil(u64::from(BLOCK_SIZE)),
         files: statistics.files,
