@@ -1,7 +1,8 @@
-//! The FUSE face: views as files. Only this floor names `fuser`, and in it only `fuse` and `session` do.
+//! The FUSE face: views as files. Only this floor names `fuser`.
 //!
-//! `tree` is the file system without FUSE: names, inodes, reads and writes, testable by itself. `fuse` translates
-//! between it and the kernel's requests. `attach` puts the connection onto a mountpoint, `session` runs it.
+//! `tree` is the file system without FUSE: names, inodes, reads and writes, testable by itself. `service` says what the kernel's
+//! requests mean in its terms; they come by one of two ways (`transport`): from the device (`fuse`) or over io_uring (`ring`).
+//! `attach` puts the connection onto a mountpoint, `session` runs it.
 
 mod attach;
 mod crew;
